@@ -1,0 +1,118 @@
+"""From a configuration to a model: the one place that turns names into parts."""
+
+import math
+
+import torch
+
+from nelbo import latents, networks, schedules
+from nelbo.config import Config
+from nelbo.errors import UserError
+from nelbo.model import DiffusionModel
+from nelbo.parameterizations import PARAMETERIZATIONS
+from nelbo.paths import PATHS
+
+__all__ = ["build_model", "schedule_parameters"]
+
+
+def fourier_exponents(config: Config, levels: int) -> tuple[float, ...]:
+    """By default the real exponents log2(L/4) and log2(L/2): the last two bits; 6 and 7 for 256 levels."""
+    if config.network.fourier is not None:
+        return config.network.fourier
+    return math.log2(levels) - 2, math.log2(levels) - 1
+
+
+def _latent(config: Config, classes: int | None) -> latents.Latent | None:
+    kind, size = config.latent.kind, config.latent.size
+    if kind in ("none", "image"):
+        return None
+    if kind == "label":
+        if classes is None:
+            raise UserError(f"latent.kind = label needs images with labels; {config.data.source} has none")
+        if size < classes:
+            raise UserError(f"latent.size must be at least the number of classes = {classes}, got {size}")
+        return latents.Label(size)
+    if kind == "k-hot":
+        if config.latent.posterior == "paper":
+            return latents.PaperKHot(size, config.latent.k, config.latent.noise)
+        return latents.KHot(size, config.latent.k)
+    return latents.LATENTS[kind](size)
+
+
+def _interior(config: Config, shape: tuple[int, int, int], ends: tuple[float, float]) -> schedules.Interior:
+    schedule, latent = config.schedule, config.latent
+    condition = {"none": 0, "image": math.prod(shape)}.get(latent.kind, latent.size)
+    if schedule.kind == "monotone":
+        return schedules.Monotone(*ends, width=schedule.width)
+    if schedule.kind == "pixel-monotone":
+        return schedules.PixelMonotone(shape, *ends, condition=condition, width=schedule.width)
+    if schedule.kind == "polynomial":
+        return schedules.Polynomial(shape, condition, schedule.width)
+    if schedule.kind == "scalar-polynomial":
+        return schedules.Polynomial((1, 1, 1), condition, schedule.width)
+    return schedules.Linear()
+
+
+def build_model(config: Config, shape: tuple[int, int, int], levels: int, classes: int | None = None) -> DiffusionModel:
+    """The model of a configuration for images (C, H, W) of ``levels`` grey levels; weights from training.seed."""
+    if not 2 <= levels <= 256:
+        raise UserError(f"the number of grey levels must lie in 2 .. 256, got {levels}")
+    gamma_0 = config.schedule.gamma_min
+    if gamma_0 is None:
+        gamma_0 = schedules.default_gamma_0(levels)
+    gamma_1 = config.schedule.gamma_max
+    if not gamma_0 < gamma_1:
+        raise UserError(f"schedule.gamma_max must lie above gamma at t = 0 = {gamma_0:.3f}, got {gamma_1}")
+    fourier = fourier_exponents(config, levels)
+    network = config.network
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.training.seed)
+        latent = _latent(config, classes)
+        sees_latent = latent is not None and config.latent.network
+        unet = networks.NETWORKS[network.kind](
+            shape[0],
+            network.channels,
+            network.levels,
+            (latent.size if latent is not None and sees_latent else 0) + network.flag,
+            fourier,
+            gamma_0,
+            gamma_1,
+            groups=network.groups,
+            dropout=network.dropout,
+            attention_everywhere=network.attention == "everywhere",
+            checkpointing=network.checkpointing,
+        )
+        encoder = None
+        if latent is not None and latent.heads:
+            if config.encoder.kind == "cnn":
+                encoder = networks.CNNEncoder(shape, latent.size, latent.heads)
+            else:
+                encoder = networks.UNetEncoder(
+                    shape,
+                    latent.size,
+                    latent.heads,
+                    channels=config.encoder.channels or network.channels,
+                    levels=config.encoder.levels,
+                    fourier=fourier,
+                    groups=network.groups,
+                    dropout=network.dropout,
+                )
+        schedule = schedules.Schedule(_interior(config, shape, (gamma_0, gamma_1)), gamma_0, gamma_1, config.schedule.ends)
+    return DiffusionModel(
+        unet,
+        schedule,
+        PATHS[config.path](),
+        PARAMETERIZATIONS[config.parameterization](),
+        shape,
+        levels,
+        latent=latent,
+        encoder=encoder,
+        network_sees_latent=sees_latent,
+        flag=network.flag,
+        prior_scale=config.objective.prior_scale,
+        schedule_reads_image=config.latent.kind == "image",
+    )
+
+
+def schedule_parameters(model: DiffusionModel) -> set[str]:
+    """Names of the parameters that make the noise: those of schedule and encoder."""
+    return {name for name, _ in model.named_parameters() if name.startswith(("schedule.", "encoder."))}

@@ -1,0 +1,309 @@
+"""The configuration of a run: frozen dataclasses whose attribute docstrings are the help of ``nelbo train``.
+
+A run is a composition of the parts named here; ``nelbo.presets`` returns whole configurations and flags override
+single fields. This module imports no torch, so that help and ``--dry-run`` answer at once.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nelbo.errors import UserError
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EncoderConfig",
+    "LatentConfig",
+    "NetworkConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "TrainingConfig",
+    "from_dict",
+    "to_dict",
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are varied."""
+
+    source: str = "digits"
+    """A built-in data set (digits, photos32), a .npy or .npz file of uint8 images, or a folder of image files."""
+    augment: Literal["none", "flip", "vdm"] = "none"
+    """Changes to training images: horizontal flips, or VDM's flips, quarter turns and channel swaps."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """gamma(t, c) = -log SNR."""
+
+    kind: Literal["linear", "monotone", "pixel-monotone", "polynomial", "scalar-polynomial"] = "linear"
+    """Shape between the ends. polynomial and pixel-monotone: one curve per pixel; given c where there is a latent."""
+    ends: Literal["fixed", "learned", "free"] = "fixed"
+    """fixed: constants; learned: trained from gamma_min and gamma_max; free: raw monotone network, ends move."""
+    gamma_min: float | None = None
+    """gamma at t = 0. By default -13.3 + 2 log(256/levels): the same ratio of noise to bin width for any levels."""
+    gamma_max: float = 5.0
+    """gamma at t = 1."""
+    width: int = 3072
+    """Hidden features of the schedule network (3072 in public MuLAN, 1024 in VDM)."""
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """The auxiliary latent c ~ q(c|x) that conditions schedule and network."""
+
+    kind: Literal["none", "k-hot", "one-hot", "gaussian", "label", "image"] = "none"
+    """none; k of n ones; one of n; real numbers; the class label; the image itself (c = x_0, data network, T > 0)."""
+    size: int = 50
+    """Entries of c (for label: classes)."""
+    k: int = 15
+    """Ones in a k-hot c."""
+    posterior: Literal["exact", "paper"] = "exact"
+    """k-hot posterior: the exact k-subset family, or the paper's noisy top-k charged a categorical KL."""
+    noise: Literal["gamma", "gumbel"] = "gamma"
+    """Noise on the logits of the paper's posterior."""
+    network: bool = True
+    """Whether the denoiser sees c too (public MuLAN: yes)."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The network from x to the parameters of q(c|x)."""
+
+    kind: Literal["unet", "cnn"] = "unet"
+    """unet: residual blocks at full resolution and attention; cnn: two convolutions."""
+    levels: int = 4
+    """Residual blocks before the middle (unet)."""
+    channels: int | None = None
+    """Channels (unet). By default those of the network."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The denoiser: a U-Net without down-sampling."""
+
+    kind: Literal["flat", "pixel-noise"] = "flat"
+    """flat sees the mean of gamma over the image; pixel-noise sees gamma of every pixel."""
+    channels: int = 128
+    """Channels of every layer."""
+    levels: int = 32
+    """Residual blocks on the way down; one more on the way up."""
+    groups: int = 32
+    """Groups of the group normalisation. With as many groups as channels the network cannot see time at all."""
+    dropout: float = 0.0
+    """Probability of dropping an activation in training."""
+    attention: Literal["middle", "everywhere"] = "middle"
+    """Where attention acts."""
+    fourier: tuple[float, ...] | None = None
+    """Exponents f of the Fourier features sin, cos(2^f 2 pi z). By default log2(levels/4) and log2(levels/2)."""
+    flag: bool = False
+    """A conditioning column that says whether an image was augmented (VDM has it always; 0 at test)."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised: the negative evidence lower bound."""
+
+    steps: int = 0
+    """T of the discrete-time bound; 0 is continuous time."""
+    times: Literal["stratified", "uniform"] = "stratified"
+    """How t is drawn over a batch: one stratified grid with a random shift, or independently."""
+    minimise_variance: bool = False
+    """Train the schedule's interior on the estimator's variance (VDM appendix I.2) instead of on the bound."""
+    prior_scale: float = 1.0
+    """Standard deviation of the prior p(z_1)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with the public decay mask (everything but biases), and the moving average of the weights."""
+
+    learning_rate: float = 2e-4
+    """Step size after warm-up."""
+    schedule_learning_rate: float | None = None
+    """Step size of the noise schedule's and the encoder's parameters. By default learning_rate."""
+    beta_1: float = 0.9
+    """Decay of the first moment."""
+    beta_2: float = 0.99
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, per unit of learning rate."""
+    warmup: int = 100
+    """Steps of linear warm-up from 0."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """Decay of the learning rate to 0 over the run, after warm-up."""
+    clip: float = 0.0
+    """Largest L2 norm of the gradient; 0 is no clipping."""
+    ema: float = 0.9999
+    """Decay per step of the moving average of the weights, which evaluation and sampling use."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how large, how often."""
+
+    steps: int = 10_000_000
+    """Optimizer steps in all."""
+    batch: int = 128
+    """Images in an optimizer step, over all processes."""
+    accumulate: int = 1
+    """Parts into which a batch is split to save memory."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the denoiser in training; losses and evaluation are float32 always."""
+    seed: int = 0
+    """Seed of initial weights, data order, times, noise and dropout."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 1_000_000
+    """Images between evaluations on the validation split; 0 is never."""
+    evaluate_images: int = 512
+    """Validation images used for interim evaluations, at most."""
+    evaluate_times: int = 4
+    """Stratified times per image, per shift, in interim evaluations."""
+    sample_every: int = 10_000_000
+    """Images between grids of samples; 0 is never."""
+    save_every: int = 1_000_000
+    """Images between checkpoints; 0 is only at the end."""
+    keep: int = 3
+    """Last checkpoints kept, besides the best."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run of nelbo: which parts, which data, how trained."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    path: Literal["vp", "straight"] = "vp"
+    """(alpha, sigma) for each gamma: variance preserving, or the straight line of flow matching."""
+    parameterization: Literal["noise", "data", "velocity"] = "noise"
+    """What the network puts out."""
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+POSITIVE = (
+    "schedule.width latent.size latent.k encoder.levels encoder.channels network.channels network.groups "
+    "objective.prior_scale optimizer.learning_rate optimizer.schedule_learning_rate optimizer.eps "
+    "training.steps training.batch training.accumulate training.log_every training.evaluate_images "
+    "training.evaluate_times training.keep"
+).split()
+NOT_NEGATIVE = (
+    "network.levels objective.steps optimizer.weight_decay optimizer.warmup optimizer.clip training.seed "
+    "training.evaluate_every training.sample_every training.save_every"
+).split()
+FRACTIONS = "network.dropout optimizer.beta_1 optimizer.beta_2 optimizer.ema".split()
+
+
+def check(config: Config) -> None:
+    """Raise UserError where a field is out of range or two fields contradict each other."""
+
+    def value(path: str) -> Any:
+        group, name = path.split(".")
+        return getattr(getattr(config, group), name)
+
+    for path in POSITIVE:
+        if value(path) is not None and not value(path) > 0:
+            raise UserError(f"{path} must be above 0, got {value(path)}")
+    for path in NOT_NEGATIVE:
+        if not value(path) >= 0:
+            raise UserError(f"{path} must be 0 or more, got {value(path)}")
+    for path in FRACTIONS:
+        if not 0 <= value(path) < 1:
+            raise UserError(f"{path} must lie in [0, 1), got {value(path)}")
+    network, latent, schedule, training = config.network, config.latent, config.schedule, config.training
+    if network.channels % 2:
+        raise UserError(f"network.channels must be even (sines and cosines of time), got {network.channels}")
+    if network.channels < 4:
+        raise UserError(f"network.channels must be at least 4, got {network.channels}")
+    for name, channels in (("network", network.channels), ("encoder", config.encoder.channels or network.channels)):
+        if channels % network.groups:
+            raise UserError(f"network.groups must divide {name}.channels = {channels}, got {network.groups}")
+    if network.groups == network.channels:
+        raise UserError(
+            f"network.groups must be fewer than network.channels, got {network.groups} of both: "
+            "a network normalised channel by channel cannot see time or conditioning"
+        )
+    if latent.kind == "k-hot" and not latent.k < latent.size:
+        raise UserError(f"latent.k must be below latent.size = {latent.size}, got {latent.k}")
+    if training.batch % training.accumulate:
+        raise UserError(f"training.accumulate must divide training.batch = {training.batch}, got {training.accumulate}")
+    if config.data.augment != "none" and not network.flag:
+        raise UserError(f"data.augment = {config.data.augment} needs network.flag = True, which tells the network")
+    if schedule.gamma_min is not None and schedule.gamma_min >= schedule.gamma_max:
+        raise UserError(f"schedule.gamma_min must lie below schedule.gamma_max = {schedule.gamma_max}, "
+                        f"got {schedule.gamma_min}")
+    if schedule.ends == "free" and schedule.kind not in ("monotone", "pixel-monotone"):
+        raise UserError(f"schedule.ends = free needs a monotone network (monotone, pixel-monotone), got {schedule.kind}")
+    if config.objective.minimise_variance and (schedule.kind, schedule.ends) not in (
+        ("monotone", "fixed"),
+        ("monotone", "learned"),
+    ):
+        raise UserError("objective.minimise_variance needs schedule.kind = monotone with fixed or learned ends, "
+                        f"got {schedule.kind} with {schedule.ends} ends")
+    if latent.kind == "image" and (config.parameterization != "data" or not config.objective.steps):
+        raise UserError("latent.kind = image needs parameterization = data and objective.steps above 0 (the schedule "
+                        f"reads x_hat), got {config.parameterization} and {config.objective.steps}")
+    if latent.kind == "image" and schedule.kind not in ("polynomial", "scalar-polynomial", "pixel-monotone"):
+        raise UserError("latent.kind = image needs a schedule that reads c (polynomial, scalar-polynomial, "
+                        f"pixel-monotone), got {schedule.kind}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain dicts, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], cls: type = Config, where: str = "") -> Any:
+    """The inverse of ``to_dict``. Unknown keys, wrong types and wrong choices raise UserError."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where or 'the configuration'} must be a table of fields, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"unknown field {where}{unknown[0]}; the choices are {', '.join(hints)}")
+    parsed = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            parsed[name] = from_dict(value, typing.cast(type, hint), f"{where}{name}.")
+        else:
+            parsed[name] = _parse(value, hint, where + name)
+    return cls(**parsed)
+
+
+def _parse(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+        return value
+    if type(None) in arguments:
+        if value is None:
+            return None
+        (hint,) = (a for a in arguments if a is not type(None))
+        return _parse(value, hint, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where} must be a list of numbers, got {value!r}")
+        return tuple(_parse(v, arguments[0], where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{where} must be of type {hint.__name__}, got {value!r}")
+    return value

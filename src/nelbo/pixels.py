@@ -1,0 +1,45 @@
+r"""Integers and reals: grey levels v = 0 .. L - 1, their values x, and the decoder p(v|z_0).
+
+    (1)  x(v) = 2 (v + 1/2)/L - 1                              levels at the centres of L bins of [-1, 1]
+    (2)  log p(v|z_0) = log softmax_v( -1/2 (z_0/alpha_0 - x(v))^2 exp(-gamma_0) )      per entry (VDM section 3.3)
+    (3)  bits/dim = nats / (C H W log 2)
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["bits_per_dim", "decode", "encode", "level_log_probs", "log_likelihood"]
+
+
+def encode(images: Tensor, levels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Equation (1): whole numbers (B, C, H, W) below ``levels`` -> reals in (-1, 1)."""
+    return 2 * (images.to(dtype) + 0.5) / levels - 1
+
+
+def level_log_probs(z_0: Tensor, alpha_0: Tensor, gamma_0: Tensor, levels: int) -> Tensor:
+    """Equation (2) for every level: (B, C, H, W) -> (B, C, H, W, L), log-probabilities."""
+    values = encode(torch.arange(levels, device=z_0.device), levels, z_0.dtype)
+    scaled = ((z_0 / alpha_0)[..., None] - values) * torch.exp(-gamma_0 / 2)[..., None]
+    return torch.log_softmax(-0.5 * scaled**2, -1)
+
+
+def log_likelihood(images: Tensor, z_0: Tensor, alpha_0: Tensor, gamma_0: Tensor, levels: int) -> Tensor:
+    """log p(images|z_0) in nats, (B,)."""
+    log_probs = level_log_probs(z_0, alpha_0, gamma_0, levels)
+    return log_probs.gather(-1, images.long()[..., None]).flatten(1).sum(1)
+
+
+def decode(z_0: Tensor, alpha_0: Tensor, gamma_0: Tensor, levels: int, uniform: Tensor | None = None) -> Tensor:
+    """The most probable levels, uint8 shaped as z_0; with ``uniform`` in [0, 1) of that shape, a draw of p(v|z_0)."""
+    log_probs = level_log_probs(z_0, alpha_0, gamma_0, levels)
+    if uniform is None:
+        return log_probs.argmax(-1).to(torch.uint8)
+    below = log_probs.exp().cumsum(-1) <= uniform[..., None]
+    return below.sum(-1).clamp(max=levels - 1).to(torch.uint8)
+
+
+def bits_per_dim(nats: Tensor | float, dimensions: int) -> Tensor | float:
+    """Equation (3)."""
+    return nats / (dimensions * math.log(2))
