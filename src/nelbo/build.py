@@ -11,7 +11,7 @@ from nelbo.model import DiffusionModel
 from nelbo.parameterizations import PARAMETERIZATIONS
 from nelbo.paths import PATHS
 
-__all__ = ["build_model", "schedule_parameters"]
+__all__ = ["build_model", "noise_parameters"]
 
 
 def fourier_exponents(config: Config, levels: int) -> tuple[float, ...]:
@@ -113,6 +113,6 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
     )
 
 
-def schedule_parameters(model: DiffusionModel) -> set[str]:
+def noise_parameters(model: DiffusionModel) -> set[str]:
     """Names of the parameters that make the noise: those of schedule and encoder."""
     return {name for name, _ in model.named_parameters() if name.startswith(("schedule.", "encoder."))}

@@ -1,0 +1,272 @@
+"""Run folders and checkpoints: safetensors and readable JSON, written aside and renamed, so nothing is half-written.
+
+    RUN/run.json                          configuration, data, versions
+    RUN/metrics.jsonl, tensorboard/       logs
+    RUN/checkpoints/step-000001000/       weights.safetensors, ema.safetensors, optimizer.safetensors, meta.json
+    RUN/samples/, RUN/evaluations/        pictures and figures
+
+A checkpoint is complete when its folder has its final name; meta.json holds the size and SHA-256 of every file.
+Loading never executes code.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nelbo.errors import UserError
+
+__all__ = [
+    "Checkpoint",
+    "load_model",
+    "load_tensors",
+    "read_checkpoint",
+    "read_json",
+    "read_run",
+    "save_checkpoint",
+    "write_aside",
+    "write_json",
+]
+
+FORMAT = 1
+WEIGHTS = {"raw": "weights.safetensors", "ema": "ema.safetensors"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk and the contents of its meta.json."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.meta["step"])
+
+
+def no_space(error: OSError, where: Path) -> UserError | OSError:
+    """A full disk, quota or read-only file system as the user's problem; other errors as they are."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return UserError(f"cannot write {where}: {os.strerror(error.errno or 0)}; what was complete before is kept")
+    return error
+
+
+def write_aside(path: Path, content: bytes | str) -> None:
+    """Write a file under a temporary name, flush it to disk and rename it into place."""
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise no_space(error, path) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with an indent, written aside; numbers that are not finite become null."""
+
+    def clean(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {str(k): clean(w) for k, w in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [clean(w) for w in v]
+        if isinstance(v, float) and (v != v or v in (float("inf"), float("-inf"))):
+            return None
+        return v
+
+    write_aside(path, json.dumps(clean(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file; UserError that names the file where it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON ({error}); it was changed or cut off") from None
+
+
+def read_run(run: Path | str) -> dict[str, Any]:
+    """run.json of a run folder."""
+    run = Path(run)
+    if not run.exists():
+        raise UserError(f"no such run: {run}; `nelbo train PRESET --out {run}` makes one")
+    if not run.is_dir():
+        raise UserError(f"{run} is a file, not a run folder")
+    if not (run / "run.json").is_file():
+        raise UserError(f"{run} is not a run of nelbo: it holds no run.json")
+    record = read_json(run / "run.json")
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{run}/run.json has format {found!r}; this version of nelbo reads format {FORMAT}")
+    for key in ("config", "data"):
+        if not isinstance(record.get(key), dict):
+            raise UserError(f"{run}/run.json lacks the table {key!r}; it was changed or is another program's")
+    return record
+
+
+def checkpoint_name(step: int) -> str:
+    """step-000001000 for step 1000."""
+    return f"step-{step:09d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.is_dir())
+
+
+def read_checkpoint(run: Path | str, which: str | int = "last") -> Checkpoint:
+    """The checkpoint of a run named by "best", "last" or a step."""
+    run = Path(run)
+    paths = list_checkpoints(run)
+    if not paths:
+        raise UserError(f"{run} has no checkpoint yet; `nelbo train` writes them every training.save_every images")
+    if which in ("best", "last"):
+        path = paths[-1]
+        if which == "best":
+            best = _read_meta(path).get("best")
+            path = run / "checkpoints" / checkpoint_name(best["step"]) if best else path
+    else:
+        try:
+            path = run / "checkpoints" / checkpoint_name(int(which))
+        except ValueError:
+            raise UserError(f"--checkpoint must be best, last or a step, got {which!r}") from None
+    if path not in paths:
+        steps = ", ".join(str(int(p.name.removeprefix("step-"))) for p in paths)
+        raise UserError(f"{run} has no checkpoint {path.name}; the choices are best, last, {steps}")
+    return Checkpoint(path, _read_meta(path))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    meta = read_json(path / "meta.json")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT or not isinstance(meta.get("files"), dict):
+        raise UserError(f"{path}/meta.json is not a checkpoint's of format {FORMAT}")
+    return meta
+
+
+def load_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """The tensors of one file of a checkpoint, after its size and SHA-256 were checked."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = checkpoint.path / name
+    expected = checkpoint.meta["files"].get(name)
+    if expected is None:
+        raise UserError(f"{checkpoint.path} has no {name}; it holds {', '.join(checkpoint.meta['files'])}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) != expected["bytes"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
+        raise UserError(
+            f"{path} is truncated or was changed: {len(content)} bytes, and not the {expected['bytes']} that were "
+            "written with its checksum; use another checkpoint (--checkpoint STEP)"
+        )
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a safetensors file ({error})") from None
+
+
+def save_checkpoint(run: Path, tensors: dict[str, dict[str, Any]], meta: dict[str, Any], keep: int) -> Checkpoint:
+    """Write a checkpoint aside and rename it; then drop older ones but the last ``keep`` and the best.
+
+    ``tensors``: file name -> name -> tensor. ``meta`` must hold "step", and "best" ({"step", "bits_per_dim"} or None).
+    """
+    from safetensors.torch import save
+
+    folder = run / "checkpoints"
+    final = folder / checkpoint_name(meta["step"])
+    aside = folder / f".tmp-{final.name}"
+    files: dict[str, dict[str, Any]] = {}
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, group in tensors.items():
+            content = save({k: v.detach().cpu().contiguous() for k, v in group.items()})
+            files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            with open(aside / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        meta = {"format": FORMAT, **meta, "files": files}
+        write_json(aside / "meta.json", meta)
+        if final.exists():
+            _remove(final)
+        os.replace(aside, final)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise no_space(error, final) from error
+    except UserError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    best = meta.get("best")
+    kept = {p.name for p in list_checkpoints(run)[-keep:]} | ({checkpoint_name(best["step"])} if best else set())
+    for path in list_checkpoints(run):
+        if path.name not in kept:
+            _remove(path)
+    return Checkpoint(final, meta)
+
+
+def clean_up(run: Path) -> None:
+    """Remove what a killed save or removal left behind."""
+    for pattern in (".tmp-*", ".old-*"):
+        for path in (run / "checkpoints").glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Rename first, so that a killed removal never leaves a checkpoint with files missing."""
+    aside = path.with_name(f".old-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_weights(model: Any, tensors: dict[str, Any], where: Path) -> None:
+    """Copy tensors into a model; every name and shape must agree."""
+    expected = model.state_dict()
+    for kind, names in (("lacks", expected.keys() - tensors.keys()), ("has unknown", tensors.keys() - expected.keys())):
+        if names:
+            raise UserError(f"{where} {kind} {len(names)} tensors, among them {sorted(names)[0]}: another architecture")
+    for name, tensor in expected.items():
+        if tensor.shape != tensors[name].shape:
+            raise UserError(
+                f"{where}: {name} has shape {tuple(tensors[name].shape)}, the model {tuple(tensor.shape)}: "
+                "another architecture"
+            )
+    model.load_state_dict(tensors)
+
+
+def load_model(run: Path | str, checkpoint: str | int = "best", weights: str = "ema", device: Any = "cpu") -> Any:
+    """The trained DiffusionModel of a run, in evaluation mode. ``weights``: "ema" or "raw"."""
+    from nelbo.build import build_model
+    from nelbo.config import from_dict
+
+    if weights not in WEIGHTS:
+        raise UserError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    record = read_run(run)
+    found = read_checkpoint(run, checkpoint)
+    data = record["data"]
+    model = build_model(from_dict(record["config"]), tuple(data["shape"]), data["levels"], data.get("classes"))
+    load_weights(model, load_tensors(found, WEIGHTS[weights]), found.path)
+    return model.to(device).eval()

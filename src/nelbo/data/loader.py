@@ -1,0 +1,117 @@
+"""Batches whose order and augmentation are functions of (seed, step): nothing to save, and resuming is exact.
+
+The training examples are an endless stream. Epoch e is a permutation of the N images drawn from (seed, e), and the
+stream is one epoch after another, so a batch may straddle epochs:
+
+    (1)  batch number ``step`` holds the positions  i = step * batch + (0 .. batch - 1)
+    (2)  position i shows the image  permutation_e[i mod N],  e = floor(i / N)
+    (3)  the augmentation of position i is drawn from (seed, i)
+
+The random words are Philox's own, used as they are: numpy promises that these do not change between its versions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+
+from nelbo.errors import UserError
+
+__all__ = ["AUGMENTATIONS", "Batch", "Batches", "permutation"]
+
+# The last word of the counter says what the numbers are for; nelbo.draws counts its streams from 0.
+ORDER, AUGMENT = 1000, 1001
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some examples of the stream."""
+
+    images: np.ndarray  # (B, C, H, W) uint8
+    labels: np.ndarray | None  # (B,) int64
+    flag: np.ndarray  # (B,) float32: 1 where the image was augmented
+    index: np.ndarray  # (B,) int64: position in the stream
+
+
+class Batches:
+    """Equations (1) to (3) over images (N, C, H, W) uint8 and labels (N,) int64 or None."""
+
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray | None, batch: int, seed: int, augment: str = "none"
+    ) -> None:
+        if augment not in AUGMENTATIONS:
+            raise UserError(f"data.augment must be one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
+        if augment == "vdm" and images.shape[2] != images.shape[3]:
+            raise UserError(
+                "data.augment = vdm turns images and needs square ones, "
+                f"got {images.shape[2]}x{images.shape[3]}; the choices are none and flip"
+            )
+        if batch < 1:
+            raise UserError(f"a batch must hold at least 1 image, got {batch}")
+        if not len(images):
+            raise UserError("batches need at least 1 image, got 0")
+        self.images, self.labels, self.batch, self.seed = images, labels, batch, seed
+        self.augment = AUGMENTATIONS[augment]
+        self.epochs: dict[int, np.ndarray] = {}  # the permutations that the last batch used
+
+    def batch_at(self, step: int) -> Batch:
+        """Batch number ``step``, counted from 0: the same call always returns the same batch."""
+        index = step * self.batch + np.arange(self.batch, dtype=np.int64)
+        epoch, place = np.divmod(index, len(self.images))
+        self.epochs = {
+            e: self.epochs[e] if e in self.epochs else permutation(len(self.images), self.seed, e)
+            for e in range(int(epoch[0]), int(epoch[-1]) + 1)
+        }
+        chosen = np.array([self.epochs[e][i] for e, i in zip(epoch.tolist(), place.tolist(), strict=True)])
+        # One turn of the counter is four words, so position i owns the words of turn i whatever the batch.
+        bits = np.random.Philox(key=[self.seed, 0], counter=[int(index[0]), 0, 0, AUGMENT])
+        words = bits.random_raw(4 * self.batch).reshape(self.batch, 4)
+        images, changed = self.augment(self.images[chosen], words)
+        labels = None if self.labels is None else self.labels[chosen]
+        return Batch(images, labels, changed.astype(np.float32), index)
+
+
+def permutation(count: int, seed: int, epoch: int = 0) -> np.ndarray:
+    """A permutation of 0 .. count - 1, (count,) int64, drawn from (seed, epoch)."""
+    words = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, ORDER]).random_raw(count)
+    return np.argsort(words, kind="stable")
+
+
+def none(images: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images as they are."""
+    return images, np.zeros(len(images), dtype=bool)
+
+
+def flip(images: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Left and right exchanged with probability 1/2."""
+    flipped = words[:, 0] % 2 == 1
+    images[flipped] = images[flipped, :, :, ::-1]
+    return images, flipped
+
+
+def vdm(images: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """VDM's augmentation of CIFAR-10, as in its public code: flip, then quarter turns, then channels.
+
+    Each happens with probability 1/2: the flip; 1, 2 or 3 quarter turns, equally likely; for three channels, one of
+    their six orders, equally likely. One of the six changes nothing and on its own is not flagged (public VDM does).
+    """
+    images, changed = flip(images, words)
+    turns = np.where(words[:, 1] % 2 == 1, 1 + words[:, 1] // 2 % 3, 0)
+    for k in (1, 2, 3):
+        images[turns == k] = np.rot90(images[turns == k], k, axes=(2, 3))
+    changed = changed | (turns > 0)
+    if images.shape[1] == 3:
+        orders = np.array(list(permutations(range(3))))  # the first is the identity
+        order = np.where(words[:, 2] % 2 == 1, words[:, 2] // 2 % 6, 0)
+        images = np.take_along_axis(images, orders[order][:, :, None, None], axis=1)
+        changed = changed | (order > 0)
+    return images, changed
+
+
+# name -> f(images (B, C, H, W), which it may overwrite, and words (B, 4) uint64) -> images, changed (B,)
+AUGMENTATIONS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    "none": none,
+    "flip": flip,
+    "vdm": vdm,
+}

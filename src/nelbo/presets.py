@@ -1,0 +1,247 @@
+"""Presets: plain functions that return a whole configuration. Flags override single fields.
+
+``-digits`` train on two CPU cores in minutes, ``-photos32`` in an hour, the others hold the papers' settings.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from nelbo.config import (
+    Config,
+    DataConfig,
+    EncoderConfig,
+    LatentConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from nelbo.errors import UserError
+
+__all__ = ["PRESETS", "preset"]
+
+K_HOT = LatentConfig(kind="k-hot", size=50, k=15)
+
+
+def _digits() -> Config:
+    """What all digits presets share: VDM with a fixed linear schedule at 32 channels and 4 levels."""
+    return Config(
+        data=DataConfig("digits"),
+        schedule=ScheduleConfig(width=64),
+        network=NetworkConfig(channels=32, levels=4, groups=8),
+        encoder=EncoderConfig(levels=2),
+        optimizer=OptimizerConfig(learning_rate=2e-3, decay="cosine", clip=1.0, ema=0.995),
+        training=TrainingConfig(
+            steps=2500, batch=64, log_every=50, evaluate_every=32_000, evaluate_images=200, evaluate_times=4,
+            sample_every=0, save_every=16_000, keep=2,
+        ),
+    )  # fmt: skip
+
+
+def _photos32() -> Config:
+    """What all photos32 presets share."""
+    return Config(
+        data=DataConfig("photos32"),
+        schedule=ScheduleConfig(width=64),
+        network=NetworkConfig(channels=32, levels=4, groups=8),
+        encoder=EncoderConfig(levels=2),
+        optimizer=OptimizerConfig(learning_rate=1e-3, decay="cosine", clip=1.0, ema=0.995),
+        training=TrainingConfig(
+            steps=2000, batch=16, log_every=20, evaluate_every=8_000, evaluate_images=32, evaluate_times=4,
+            sample_every=0, save_every=4_000, keep=2,
+        ),
+    )  # fmt: skip
+
+
+def _cifar10() -> Config:
+    """VDM's and MuLAN's CIFAR-10: 128 channels, 32 levels, dropout 0.1, 10 M steps of 128."""
+    return Config(
+        data=DataConfig("cifar10"),
+        network=NetworkConfig(channels=128, levels=32, dropout=0.1),
+        training=TrainingConfig(steps=10_000_000, batch=128),
+    )
+
+
+def _imagenet(size: int) -> Config:
+    """ImageNet at 32x32 (32 levels) or 64x64 (64 levels): 256 channels, batch 512, 2 M steps."""
+    return Config(
+        data=DataConfig(f"imagenet{size}" if size == 64 else "imagenet32-old"),
+        network=NetworkConfig(channels=256, levels=size),
+        training=TrainingConfig(steps=2_000_000, batch=512),
+    )
+
+
+def _vdm(base: Config) -> Config:
+    """Variational diffusion: one learned linear schedule, the noise as output, a column for augmentation."""
+    schedule = replace(base.schedule, kind="linear", ends="learned")
+    return replace(base, schedule=schedule, network=replace(base.network, flag=True))
+
+
+def _mulan(base: Config, **changes: object) -> Config:
+    """MuLAN: a polynomial schedule per pixel given a k-hot latent, 15 of 50."""
+    base = replace(base, schedule=replace(base.schedule, kind="polynomial"), latent=K_HOT)
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def vdm_digits() -> Config:
+    """VDM on 8x8 digits: learned linear schedule."""
+    return _vdm(_digits())
+
+
+def mulan_digits() -> Config:
+    """MuLAN on 8x8 digits: noise per pixel given a latent; predicts the noise."""
+    return _mulan(_digits())
+
+
+def mulan_velocity_digits() -> Config:
+    """MuLAN on 8x8 digits; predicts the velocity."""
+    return _mulan(_digits(), parameterization="velocity")
+
+
+def mulan_no_latent_digits() -> Config:
+    """Ablation: noise per pixel, of time alone."""
+    return _mulan(_digits(), latent=LatentConfig())
+
+
+def mulan_scalar_digits() -> Config:
+    """Ablation: one noise level an image, given the latent (adaptive but not multivariate)."""
+    base = _mulan(_digits())
+    return replace(base, schedule=replace(base.schedule, kind="scalar-polynomial"))
+
+
+def mulan_monotone_digits() -> Config:
+    """Ablation: a monotone network per pixel given the latent; its ends move, as publicly."""
+    base = _mulan(_digits())
+    return replace(base, schedule=replace(base.schedule, kind="pixel-monotone", ends="free"))
+
+
+def mulan_linear_digits() -> Config:
+    """Ablation: fixed linear schedule, the latent seen by the network only."""
+    base = _mulan(_digits())
+    return replace(base, schedule=replace(base.schedule, kind="linear"))
+
+
+def mulan_label_digits() -> Config:
+    """Ablation: c is the class label, charged log(10)."""
+    return _mulan(_digits(), latent=LatentConfig(kind="label", size=10))
+
+
+def mulan_image_digits() -> Config:
+    """Ablation: c is the image itself (c = x_0), T = 100."""
+    base = _mulan(_digits(), latent=LatentConfig(kind="image"), parameterization="data")
+    return replace(base, objective=replace(base.objective, steps=100))
+
+
+def mulan_one_hot_digits() -> Config:
+    """Ablation: one-hot latent, 1 of 50."""
+    return _mulan(_digits(), latent=LatentConfig(kind="one-hot", size=50))
+
+
+def mulan_gaussian_digits() -> Config:
+    """Ablation: Gaussian latent of 50 numbers."""
+    return _mulan(_digits(), latent=LatentConfig(kind="gaussian", size=50))
+
+
+def mulan_paper_digits() -> Config:
+    """Ablation: the paper's k-hot posterior and charge; the valid bound is reported beside."""
+    return _mulan(_digits(), latent=replace(K_HOT, posterior="paper"))
+
+
+def mulan_pixel_noise_digits() -> Config:
+    """Ablation: the U-Net that sees the noise level of every pixel."""
+    base = _mulan(_digits())
+    return replace(base, network=replace(base.network, kind="pixel-noise"))
+
+
+def vdm_photos32() -> Config:
+    """VDM on 32x32 crops of two photographs."""
+    return _vdm(_photos32())
+
+
+def mulan_photos32() -> Config:
+    """MuLAN on 32x32 crops of two photographs; predicts the noise."""
+    return _mulan(_photos32())
+
+
+def mulan_velocity_photos32() -> Config:
+    """MuLAN on 32x32 crops of two photographs; predicts the velocity."""
+    return _mulan(_photos32(), parameterization="velocity")
+
+
+def vdm_cifar10() -> Config:
+    """VDM, CIFAR-10 (2.65 bits/dim in the paper)."""
+    return _vdm(_cifar10())
+
+
+def vdm_cifar10_aug() -> Config:
+    """VDM, augmented CIFAR-10 (2.49): monotone network, 256 channels, attention everywhere, batch 1024."""
+    base = _vdm(_cifar10())
+    return replace(
+        base,
+        data=replace(base.data, augment="vdm"),
+        schedule=replace(base.schedule, kind="monotone", ends="learned", width=1024),
+        network=replace(base.network, channels=256, attention="everywhere", dropout=0.05),
+        training=replace(base.training, batch=1024),
+    )
+
+
+def mulan_cifar10() -> Config:
+    """MuLAN, CIFAR-10, noise (2.60 as VLB in the paper): the public schedule width, latent and encoder."""
+    return _mulan(_cifar10(), latent=replace(K_HOT, posterior="paper"))
+
+
+def mulan_velocity_cifar10() -> Config:
+    """MuLAN, CIFAR-10, velocity (2.59 as VLB, 2.55 by the ODE)."""
+    return replace(mulan_cifar10(), parameterization="velocity")
+
+
+def vdm_imagenet32() -> Config:
+    """VDM, ImageNet-32, old version (3.72)."""
+    return _vdm(_imagenet(32))
+
+
+def mulan_imagenet32() -> Config:
+    """MuLAN, ImageNet-32, old version, noise (3.71 as VLB)."""
+    return _mulan(_imagenet(32), latent=replace(K_HOT, posterior="paper"))
+
+
+def vdm_imagenet64() -> Config:
+    """VDM, ImageNet-64 (3.40): 256 channels, 64 levels."""
+    return _vdm(_imagenet(64))
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        vdm_digits,
+        mulan_digits,
+        mulan_velocity_digits,
+        mulan_no_latent_digits,
+        mulan_scalar_digits,
+        mulan_monotone_digits,
+        mulan_linear_digits,
+        mulan_label_digits,
+        mulan_image_digits,
+        mulan_one_hot_digits,
+        mulan_gaussian_digits,
+        mulan_paper_digits,
+        mulan_pixel_noise_digits,
+        vdm_photos32,
+        mulan_photos32,
+        mulan_velocity_photos32,
+        vdm_cifar10,
+        vdm_cifar10_aug,
+        mulan_cifar10,
+        mulan_velocity_cifar10,
+        vdm_imagenet32,
+        mulan_imagenet32,
+        vdm_imagenet64,
+    )
+}
+
+
+def preset(name: str) -> Config:
+    """The configuration of a preset."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}; the choices are {', '.join(PRESETS)}")
+    return PRESETS[name]()
