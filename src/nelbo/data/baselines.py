@@ -179,7 +179,7 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     if not path.exists():
         return {}
     try:
-        cached = json.loads(path.read_text())
+        cached: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
         for figures in cached.values():
             for values in figures:
                 Baseline(**values)

@@ -133,8 +133,8 @@ def photo_crops(photos: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Crops of 32x32 of photographs (427, 640, 3).
 
     Every 160 columns of a photograph are 96 for training, 32 for validation and 32 for testing. No pixel is in two
-    splits, nor is any block in which JPEG coded it. The splits do share the two scenes: figures say how well a model knows
-    these photographs, not photographs at large. Crops lie 8 pixels apart for training, 32 otherwise.
+    splits, nor is any block in which JPEG coded it. The splits do share the two scenes: figures say how well a model
+    knows these photographs, not photographs at large. Crops lie 8 pixels apart for training, 32 otherwise.
     """
     columns = {"train": range(0, 65, 8), "validation": range(96, 97), "test": range(128, 129)}
     crops = {}
@@ -164,28 +164,25 @@ def _arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | 
             f"cannot read {path}: it must hold plain arrays as numpy.save or numpy.savez writes them, not cut short "
             f"and without pickled objects ({_line(error)})"
         ) from error
-    splits = ("images",) if "images" in arrays else SPLITS
-    names = {split: "labels" if split == "images" else f"{split}_labels" for split in splits}
-    unknown = [key for key in arrays if key not in (*splits, *names.values(), "levels")]
+    keys = {"train": "images"} if "images" in arrays else {split: split for split in SPLITS}
+    label_keys = {split: "labels" if key == "images" else f"{key}_labels" for split, key in keys.items()}
+    choices = [*keys.values(), *label_keys.values(), "levels"]
+    unknown = [key for key in arrays if key not in choices]
     if unknown:
-        choices = ", ".join((*splits, *names.values(), "levels"))
-        raise UserError(f"unknown array {unknown[0]!r} in {path}; the choices are {choices}")
+        raise UserError(f"unknown array {unknown[0]} in {path}; the choices are {', '.join(choices)}")
     levels = _levels(arrays.get("levels", np.array(256)), path)
-    found = [split for split in splits if split in arrays]
-    images = {split: _layout(arrays[split], f"{split} of {path}") for split in found}
+    images = {split: _layout(arrays[key], f"{key} of {path}") for split, key in keys.items() if key in arrays}
     for split, values in images.items():
         if values.max() >= levels:
-            raise UserError(f"values of {split} of {path} must lie below levels = {levels}, got {values.max()}")
-    labelled = [split for split in splits if names[split] in arrays]
-    if labelled and labelled != found:
-        raise UserError(f"labels of {path} must be given for all splits or none: there are images for "
-                        f"{', '.join(found)}, labels for {', '.join(labelled)}")
+            raise UserError(f"{keys[split]} of {path} must lie below levels = {levels}, got {values.max()}")
     labels = {
-        split: _labels(arrays[names[split]], len(images[split]), f"{names[split]} of {path}") for split in labelled
+        split: _labels(arrays[key], f"{key} of {path}") for split, key in label_keys.items() if key in arrays
     }
-    if splits == ("images",):
-        images = {"train": array for array in images.values()}
-        labels = {"train": array for array in labels.values()}
+    for split in (*images, *labels) if labels else ():
+        count, labelled = len(images.get(split, ())), len(labels.get(split, ()))
+        if count != labelled:
+            raise UserError(f"labels of {path} must be as many as the images, got {labelled} {label_keys[split]} for "
+                            f"{count} {keys[split]}")
     return images, labels or None, levels
 
 
@@ -197,10 +194,10 @@ def _levels(value: np.ndarray, path: Path) -> int:
     return int(value)
 
 
-def _labels(values: np.ndarray, count: int, what: str) -> np.ndarray:
-    if values.dtype.kind not in "iu" or values.shape != (count,):
-        raise UserError(f"{what} must be {count} whole numbers, one an image, got {values.dtype} of shape {values.shape}")
-    if values.min() < 0:
+def _labels(values: np.ndarray, what: str) -> np.ndarray:
+    if values.dtype.kind not in "iu" or values.ndim != 1:
+        raise UserError(f"{what} must be whole numbers (N,), got {values.dtype} of shape {values.shape}")
+    if (values < 0).any():
         raise UserError(f"{what} must be 0 or more, got {values.min()}")
     return values.astype(np.int64)
 
@@ -240,7 +237,8 @@ def _folder(path: Path) -> dict[str, np.ndarray]:
     for split, names in files.items():
         if not names:
             where = path / split if split in folders else path
-            raise UserError(f"a folder must hold image files, or sub-folders {', '.join(SPLITS)} of them, got none in {where}")
+            raise UserError(f"a folder must hold image files, or sub-folders {', '.join(SPLITS)} of them, "
+                            f"got none in {where}")
     images = {split: _read_images(names) for split, names in files.items()}
     if all((array == array[..., :1]).all() for array in images.values()):
         images = {split: array[..., :1] for split, array in images.items()}
@@ -307,7 +305,7 @@ def _hash(images: dict[str, np.ndarray], levels: int) -> str:
     digest = hashlib.sha256(str(levels).encode())
     for split in SPLITS:
         digest.update(str(images[split].shape).encode())
-        digest.update(np.ascontiguousarray(images[split]))
+        digest.update(np.ascontiguousarray(images[split]).data)
     return digest.hexdigest()[:12]
 
 

@@ -1,0 +1,412 @@
+"""The command line: ``nelbo presets | train | evaluate | sample | report``.
+
+A mistake of the user's gets one line on stderr and exit status 2. Heavy libraries load where a verb needs them.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import nelbo
+from nelbo import presets
+from nelbo.config import Config, to_dict
+from nelbo.errors import UserError
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a preset, or continue a run: the same command again resumes."""
+
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    out: Path | None = None
+    """Folder of the run: new, empty, or a run to continue."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the resolved configuration and stop."""
+    init_from: Path | None = None
+    """A run or a checkpoint folder from whose weights a new run starts."""
+    init_optimizer: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """With --init-from: take over the optimizer's moments too."""
+    threads: int | None = None
+    """CPU threads. By default what PyTorch takes; use 1 beside other work."""
+
+
+Run = Annotated[Path, tyro.conf.Positional]
+Weights = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """The variational bound of a run in bits per dimension, with error bars; writes RUN/evaluations/*.json."""
+
+    run: Run
+    """A run folder."""
+    method: Literal["vlb"] = "vlb"
+    """vlb: the variational lower bound."""
+    checkpoint: str = "best"
+    """best, last or a step."""
+    weights: Weights = "ema"
+    """The moving average of the weights, or the raw ones."""
+    split: str = "test"
+    """train, validation or test."""
+    data: str | None = None
+    """Other images: a data set's name, a .npy or .npz file or a folder. By default the run's."""
+    images: int | None = None
+    """Only the first so many images of the split."""
+    times: int = 16
+    """Stratified times per image and shift; 1 is the sparse, 128 the dense bound of the papers."""
+    shifts: int = 2
+    """Independent shifts of the time grid; 2 or more give the draws' own error."""
+    steps: int | None = None
+    """T of the discrete bound, 0 for continuous time. By default the T of training."""
+    seed: int = 0
+    """Seed of times, noise and latents, which are keyed by image."""
+    batch: int = 256
+    """Network rows at once; the figure does not depend on it."""
+    compare: Path | None = None
+    """Another run: the paired difference per image, same draws, with its error."""
+    per_image: Path | None = None
+    """Write index, bits/dim, terms and error of every image to this CSV file."""
+    threads: int | None = None
+    """CPU threads. By default what PyTorch takes."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw images from a run: RUN/samples/NAME.npz and .png, and the denoising trajectory as a strip."""
+
+    run: Run
+    """A run folder."""
+    count: int = 64
+    """Images."""
+    method: Literal["ancestral"] = "ancestral"
+    """ancestral: T steps of p(z_s|z_t)."""
+    steps: int = 256
+    """T."""
+    clip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep x_hat within the grey levels at every step."""
+    decoding: Literal["argmax", "categorical"] = "argmax"
+    """The most probable levels of p(v|z_0), or a draw of it."""
+    checkpoint: str = "best"
+    """best, last or a step."""
+    weights: Weights = "ema"
+    """The moving average of the weights, or the raw ones."""
+    seed: int = 0
+    """Seed; sample k does not depend on the count."""
+    batch: int = 256
+    """Images at once."""
+    trajectory: int = 8
+    """Images shown on their way from noise; 0 for no strip."""
+    out: Path | None = None
+    """Path of the files without suffix. By default RUN/samples/ and a name made of the settings."""
+    threads: int | None = None
+    """CPU threads. By default what PyTorch takes."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One self-contained HTML page about one run or several."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    out: Path | None = None
+    """The page. By default report.html in the first run."""
+    checkpoint: str = "best"
+    """best, last or a step."""
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise UserError(f"--threads must be at least 1, got {threads}")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _bar(*columns: str) -> Iterator[Any]:
+    """A progress bar on stderr with rate and remaining time, on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *(TextColumn(column) for column in columns),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        yield progress
+
+
+def _train(command: Train, name: str) -> None:
+    if command.dry_run:
+        print(json.dumps({"preset": name, **to_dict(command.config)}, indent=2))
+        return
+    if command.out is None:
+        raise UserError("nelbo train needs --out RUN, the folder of the run")
+    if command.init_optimizer and command.init_from is None:
+        raise UserError("--init-optimizer needs --init-from RUN_OR_CHECKPOINT")
+    _set_threads(command.threads)
+    from nelbo import training
+
+    total = command.config.training.steps
+    with _bar("{task.fields[figures]}") as progress:
+        task = progress.add_task("training", total=total, figures="")
+
+        def show(step: int, bits: float, rate: float) -> None:
+            progress.update(task, completed=step, figures=f"{bits:.3f} bits/dim, {rate:,.0f} images/s")
+            if progress.disable:
+                print(f"step {step}/{total}: {bits:.3f} bits/dim, {rate:,.0f} images/s", flush=True)
+
+        try:
+            training.train(
+                command.config,
+                command.out,
+                preset=name,
+                init_from=command.init_from,
+                init_optimizer=command.init_optimizer,
+                say=lambda line: progress.console.print(line, highlight=False) if not progress.disable else print(line),
+                show=show,
+            )
+        except training.Stopped as stopped:
+            progress.stop()
+            print(stopped, file=sys.stderr)
+            raise SystemExit(stopped.status) from None
+
+
+def _evaluate(command: Evaluate) -> None:
+    if command.per_image is not None and command.per_image.is_dir():
+        raise UserError(f"--per-image needs a file, got the folder {command.per_image}")
+    _set_threads(command.threads)
+    from nelbo import evaluation
+    from nelbo.checkpoints import write_aside
+
+    names = {f.name for f in dataclasses.fields(evaluation.Settings)}
+    settings = evaluation.Settings(**{k: v for k, v in vars(command).items() if k in names})
+    with _bar("{task.fields[bits]} bits/dim") as progress:
+        tasks: dict[str, Any] = {}
+
+        def seen(run: str, done: int, images: int, bits: float) -> None:
+            if run not in tasks:
+                tasks[run] = progress.add_task(run, total=images, bits="")
+            progress.update(tasks[run], completed=done, bits=f"{bits:.4f}")
+
+        found = evaluation.evaluate(command.run, settings, compare=command.compare, progress=seen)
+    if command.per_image is not None:
+        write_aside(command.per_image, evaluation.per_image_csv(found.result))
+    _print_evaluation(command, found)
+
+
+def _print_evaluation(command: Evaluate, found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    record, result = found.record, found.result
+    table = Table(
+        title=f"{command.run}, {record['split']} split of {record['data']['name']} ({record['data']['version']}), "
+        f"{record['images']} images, step {record['checkpoint']['step']}, {record['weights']} weights"
+    )
+    for column in ("figure", "bits/dim", "standard error"):
+        table.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
+
+    def row(name: str, mean: float, error: float | None, style: str | None = None) -> None:
+        shown = "" if error is None or error != error else f"{error:.4f}"
+        table.add_row(name, f"{mean:.4f}", shown, style=style)
+
+    time = "continuous time" if not result.settings["steps"] else f"T = {result.settings['steps']}"
+    row(f"bound (VLB, {time})", result.mean, result.standard_error, "bold")
+    own = result.draws_error
+    table.add_row("  of which the draws' own", "", f"{own:.4f}" if own == own else "needs --shifts 2")
+    if result.as_published is not None:
+        row("paper's figure (not a bound)", result.as_published.mean, result.as_published.standard_error)
+    for name, value in result.terms.items():
+        row(f"  {name.replace('_', ' ')}", value.mean, value.standard_error)
+    if found.difference is not None:
+        row(f"{command.compare}", found.compared.mean, found.compared.standard_error)
+        row("  difference, paired", found.difference.mean, found.difference.standard_error)
+    for b in record["baselines"]:
+        row(b["name"], b["bits_per_dim"], b["standard_error"], "dim")
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    print(f"written: {found.path}" + (f", {command.per_image}" if command.per_image else ""))
+
+
+def _sample(command: Sample) -> None:
+    for name in ("count", "steps", "batch"):
+        if getattr(command, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(command, name)}")
+    if command.trajectory < 0 or command.seed < 0:
+        raise UserError(f"--trajectory and --seed must be 0 or more, got {command.trajectory} and {command.seed}")
+    _set_threads(command.threads)
+    from nelbo import checkpoints, sampling
+
+    step = checkpoints.read_checkpoint(command.run, command.checkpoint).step
+    model = checkpoints.load_model(command.run, command.checkpoint, command.weights)
+    with _bar() as progress:
+        task = progress.add_task("sampling", total=command.count)
+        paths = sampling.sample_to_files(
+            model,
+            command.out or command.run / "samples" / f"step-{step}-{command.method}-{command.steps}-seed{command.seed}",
+            count=command.count,
+            steps=command.steps,
+            clip=command.clip,
+            categorical=command.decoding == "categorical",
+            seed=command.seed,
+            batch=command.batch,
+            shown=command.trajectory,
+            progress=lambda done: progress.update(task, completed=done),
+        )
+    print("written: " + ", ".join(map(str, paths)))
+
+
+def _report(command: Report) -> None:
+    from nelbo.report import write_report
+
+    if not command.runs:
+        raise UserError("nelbo report needs at least one run folder")
+    out = command.out or command.runs[0] / "report.html"
+    print(f"written: {write_report(list(command.runs), out, command.checkpoint)}")
+
+
+def _presets() -> None:
+    width = max(map(len, presets.PRESETS))
+    for name, function in presets.PRESETS.items():
+        print(f"{name:<{width}}  {(function.__doc__ or '').strip()}")
+
+
+def _help() -> str:
+    return "\n".join(
+        [
+            "usage: nelbo VERB ...",
+            "",
+            "Train diffusion models for likelihood, and measure them in bits per dimension with an error bar.",
+            "",
+            "  nelbo presets                              what there is, one line each",
+            "  nelbo train PRESET --out RUN [--field value]  train; the same command again resumes; --dry-run prints",
+            "  nelbo evaluate RUN                         bits/dim with error bars; writes RUN/evaluations/*.json",
+            "  nelbo sample RUN --count N                 images: .npz and a .png grid",
+            "  nelbo report RUN [RUN ...]                 one self-contained HTML page",
+            "",
+            "`nelbo VERB --help` explains every option; `nelbo train PRESET --help` every field with its default.",
+        ]
+    )
+
+
+def _one_line(message: str, arguments: list[str], options: list[str]) -> str:
+    """tyro's boxed message as one line: the rule, the value given, the choices."""
+    lines = [line.strip(" │|") for line in re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines()]
+    body = " ".join(line for line in lines[1:] if line and not set(line) <= set("-─╭╮╰╯━"))
+    text = body.split(" Argument helptext:")[0].split(" For full helptext")[0].rstrip(". ")
+    if text.startswith("Unrecognized options"):
+        known = {*options, *(option.replace("_", "-") for option in options)}
+        given = [a.split("=")[0] for a in arguments if a.startswith("--")]
+        unknown = [a for a in given if a.replace("_", "-") not in known]
+        if not unknown:
+            return text.replace("Unrecognized options", "more values than the options take")
+        near = difflib.get_close_matches(unknown[0], sorted(options), 3, 0.5)
+        return f"unknown option {unknown[0]}" + (f"; did you mean {' or '.join(near)}" if near else "")
+    if missing := re.match(r"Missing from [^:]*: (\S+)", text):
+        return f"{missing[1]} is missing"
+    text = re.sub(r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 must be a whole number, got \2", text)
+    return re.sub(r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 must be a number, got \2", text)
+
+
+def _options(cls: type, where: str = "--") -> list[str]:
+    """Every option of a verb as it is spelled on the command line."""
+    names = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            names += _options(typing.cast(type, hint), "--" if hint is Config else f"{where}{name}.")
+        else:
+            names.append(where + name.replace("_", "-"))
+    return names
+
+
+def _parse(cls: type, arguments: list[str], verb: str, default: Any = None) -> Any:
+    """The arguments of a verb; UserError in one line where they are wrong."""
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(cls, args=["--help"], prog=f"nelbo {verb}", default=default)
+    caught, width = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"  # so that tyro does not break lines
+    try:
+        with contextlib.redirect_stderr(caught), contextlib.redirect_stdout(caught):
+            return tyro.cli(cls, args=arguments, prog=f"nelbo {verb}", default=default)
+    except SystemExit:
+        message = _one_line(caught.getvalue(), arguments, _options(cls))
+        raise UserError(f"{message}; see `nelbo {verb} --help`") from None
+    finally:
+        os.environ.pop("COLUMNS")
+        if width is not None:
+            os.environ["COLUMNS"] = width
+
+
+VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "evaluate": (Evaluate, _evaluate),
+    "sample": (Sample, _sample),
+    "report": (Report, _report),
+}
+
+
+def run(arguments: list[str]) -> None:
+    """Carry out a command line; UserError for a user's mistake."""
+    verb, *rest = arguments or ["--help"]
+    if verb in ("-h", "--help"):
+        print(_help())
+    elif verb == "--version":
+        print(nelbo.__version__)
+    elif verb == "presets":
+        if rest and rest[0] not in ("-h", "--help"):
+            raise UserError(f"nelbo presets takes no arguments, got {rest[0]!r}")
+        _presets()
+    elif verb == "train":
+        if rest and rest[0] in ("-h", "--help"):
+            print("usage: nelbo train PRESET --out RUN [--dry-run] [--field value]\n")
+            rest = ["mulan-digits", "--help"]
+        if not rest or rest[0].startswith("-"):
+            raise UserError(f"nelbo train needs a preset first; the choices are {', '.join(presets.PRESETS)}")
+        name, *rest = rest
+        default = Train(config=presets.preset(name))
+        _train(_parse(Train, rest, f"train {name}", default), name)
+    elif verb in VERBS:
+        cls, carry_out = VERBS[verb]
+        carry_out(_parse(cls, rest, verb))
+    else:
+        raise UserError(f"unknown verb {verb!r}; the choices are presets, train, {', '.join(VERBS)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The ``nelbo`` command: 0, or 2 with one line on stderr for a user's mistake."""
+    try:
+        run(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"nelbo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""A run folder as the report reads it: run.json, metrics.jsonl, evaluations and samples.
+
+A long metrics.jsonl is streamed and averaged in bins, so that memory and the page stay bounded whatever its length.
+"""
+
+import json
+import math
+import shlex
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nelbo.errors import UserError
+
+__all__ = ["Baseline", "Curves", "Estimate", "Evaluation", "Run", "Samples", "Thinned", "read_runs"]
+
+MOST_POINTS = 1000
+MOST_EVALUATIONS = 400
+MOST_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error, nan where unknown; bits/dim unless said otherwise."""
+
+    mean: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A classical method on the same images."""
+
+    name: str
+    value: Estimate
+    note: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One file of RUN/evaluations. ``per_image``: (index, bits/dim) of the .npz beside it, where there is one."""
+
+    stem: str
+    value: Estimate
+    published: Estimate | None
+    draws_error: float
+    terms: dict[str, Estimate]
+    images: int
+    split: str
+    step: int
+    checkpoint: str
+    weights: str
+    settings: dict[str, Any]
+    by_time: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    latent_use: dict[str, Any] | None
+    baselines: list[Baseline]
+    seconds: float
+    per_image: tuple[np.ndarray, np.ndarray] | None
+
+
+class Thinned:
+    """A series of rows averaged in equal bins: at most ``limit`` bins and a rest, however many rows come."""
+
+    def __init__(self, columns: int, limit: int = MOST_POINTS) -> None:
+        self.limit, self.width = limit, 1
+        self.bins: list[np.ndarray] = []
+        self.total, self.count = np.zeros(columns), 0
+
+    def add(self, row: tuple[float, ...]) -> None:
+        """One row more; where the bins run out, neighbours are merged and bins are twice as wide."""
+        self.total, self.count = self.total + row, self.count + 1
+        if self.count < self.width:
+            return
+        self.bins.append(self.total / self.count)
+        self.total, self.count = np.zeros_like(self.total), 0
+        if len(self.bins) >= self.limit:
+            self.bins = [(a + b) / 2 for a, b in zip(self.bins[::2], self.bins[1::2], strict=True)]
+            self.width *= 2
+
+    def rows(self) -> np.ndarray:
+        """(points, columns), the last bin possibly of fewer rows."""
+        rest = [self.total / self.count] if self.count else []
+        return np.array(self.bins + rest).reshape(-1, len(self.total))
+
+
+@dataclass
+class Curves:
+    """metrics.jsonl. train: (points, 4) of step, seconds, bits/dim, latent term in bits/dim, averaged in bins.
+    validation: (points, 4) of step, seconds, bits/dim and its standard error."""
+
+    train: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    validation: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """images (N, C, H, W) of ``count`` in the file; trajectory (S, K, C, H, W) and its times (S,), where recorded."""
+
+    file: str
+    count: int
+    images: np.ndarray
+    trajectory: np.ndarray | None
+    times: np.ndarray | None
+
+
+@dataclass
+class Run:
+    """A run folder. ``name`` is unique on the page, ``number`` chooses its colour."""
+
+    path: Path
+    name: str
+    number: int
+    info: dict[str, Any]
+    curves: Curves
+    evaluations: list[Evaluation]
+    samples: Samples | None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What run.json says about the images: name, version, shape, levels."""
+        return self.info["data"]
+
+    @property
+    def data_name(self) -> str:
+        """Data set and version."""
+        return f"{self.data['name']} {self.data['version']}"
+
+    @property
+    def dimensions(self) -> int:
+        """C H W."""
+        return math.prod(self.data["shape"])
+
+    @property
+    def headline(self) -> Evaluation | None:
+        """The evaluation that speaks for the run: test split, continuous time, averaged weights, best checkpoint; then
+        the most images, the most draws, the latest step."""
+
+        def rank(e: Evaluation) -> tuple[Any, ...]:
+            draws = e.settings.get("times_per_shift", 0) * e.settings.get("shifts", 0)
+            wanted = (e.split == "test", not e.settings.get("steps", 0), e.weights == "ema", e.checkpoint == "best")
+            return *wanted, e.images, draws, e.step, e.stem
+
+        return max(self.evaluations, key=rank, default=None)
+
+    def command(self, verb: str, rest: str = "") -> str:
+        """The shell command that runs a verb of nelbo on this run."""
+        return f"nelbo {verb} {shlex.quote(str(self.path))} {rest}".strip()
+
+
+def read_runs(paths: list[Path]) -> list[Run]:
+    """Every run folder, in the order given; folders that are no runs raise UserError."""
+    if not paths:
+        raise UserError("a report needs at least one run folder")
+    names = [path.resolve().name for path in paths]
+    runs = []
+    for number, path in enumerate(paths):
+        name = names[number] if names.count(names[number]) == 1 else str(path)
+        runs.append(_read_run(path, name, number))
+    return runs
+
+
+def _read_run(path: Path, name: str, number: int) -> Run:
+    file = path / "run.json"
+    if not file.is_file():
+        raise UserError(f"{path} is not a run: it holds no run.json")
+    info = _json(file)
+    if info.get("format") != 1:
+        raise UserError(f"{file}: format must be 1, got {info.get('format')!r}")
+    for key in ("config", "data", "versions", "parameters_by_part"):
+        _entry(info, key, dict, file)
+    _entry(info, "parameters", int, file)
+    for key in ("data.name", "data.version", "preset"):
+        _entry(info, key, str, file)
+    shape = _entry(info, "data.shape", list, file)
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise UserError(f"{file}: data.shape must be [channels, height, width], got {shape!r}")
+    levels = _entry(info, "data.levels", int, file)
+    if not 2 <= levels <= 256:
+        raise UserError(f"{file}: data.levels must lie in 2 .. 256, got {levels}")
+    evaluations = [_evaluation(e) for e in sorted((path / "evaluations").glob("*.json"))]
+    return Run(path, name, number, info, _curves(path / "metrics.jsonl"), evaluations, _samples(path / "samples", shape))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _entry(values: dict[str, Any], key: str, kind: type, where: Path | str) -> Any:
+    """The entry at a dotted key, of the given type (float: a number; null becomes nan)."""
+    value: Any = values
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise UserError(f"{where}: the field {key} is missing")
+        value = value[part]
+    if kind is float:
+        if value is None:
+            return math.nan
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    raise UserError(f"{where}: {key} must be of type {kind.__name__}, got {value!r}")
+
+
+def _estimate(values: dict[str, Any], key: str, where: Path | str) -> Estimate:
+    return Estimate(_entry(values, f"{key}.mean", float, where), _entry(values, f"{key}.standard_error", float, where))
+
+
+def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of every line; a last line that a killed process left unfinished is passed over."""
+    broken = None
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if broken:
+                    raise UserError(broken)
+                place = f"{file}, line {number}"
+                try:
+                    values = json.loads(line)
+                except ValueError as error:
+                    broken = f"{place} cannot be read as JSON: {error}"
+                    continue
+                if not isinstance(values, dict):
+                    raise UserError(f"{place} must hold a JSON object, got {values!r}")
+                yield place, values
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
+def _curves(file: Path) -> Curves:
+    curves, train, validation = Curves(), Thinned(4), []
+    if not file.exists():
+        return curves
+    seen = {"train": -1, "evaluation": -1}
+    for place, values in _lines(file):
+        kind = values.get("kind")
+        if kind not in seen:
+            raise UserError(f"{place}: kind must be train or evaluation, got {kind!r}")
+        step, seconds = _entry(values, "step", int, place), _entry(values, "seconds", float, place)
+        if step <= seen[kind]:  # written again after a restart from an earlier checkpoint: the same numbers
+            continue
+        seen[kind] = step
+        if kind == "train":
+            bits = _entry(values, "bits_per_dim", float, place)
+            train.add((step, seconds, bits, _entry(values, "terms.latent", float, place)))
+        else:
+            value = _estimate(values, "bits_per_dim", place)
+            validation.append((step, seconds, value.mean, value.error))
+            if len(validation) > 2 * MOST_EVALUATIONS:
+                del validation[1::2]
+        if step >= curves.step:
+            curves.step, curves.seconds = step, seconds
+            curves.images = _entry(values, "images", int, place)
+    curves.train, curves.validation = train.rows(), np.array(validation).reshape(-1, 4)
+    return curves
+
+
+def _evaluation(file: Path) -> Evaluation:
+    values = _json(file)
+    terms = {name: _estimate(values, f"terms.{name}", file) for name in _entry(values, "terms", dict, file)}
+    for name in ("prior", "reconstruction", "diffusion", "latent"):
+        if name not in terms:
+            raise UserError(f"{file}: the field terms.{name} is missing")
+    by_time = None
+    if values.get("by_time") is not None:
+        columns = [_entry(values, f"by_time.{key}", list, file) for key in ("t", "mean", "standard_error")]
+        try:
+            t, mean, error = (np.array(column, dtype=float) for column in columns)
+        except (TypeError, ValueError):
+            raise UserError(f"{file}: by_time must hold lists of numbers") from None
+        if not t.shape == mean.shape == error.shape:
+            raise UserError(f"{file}: by_time must hold three lists of one length, got {[len(c) for c in columns]}")
+        by_time = t, mean, error
+    baselines = []
+    for number, entry in enumerate(values.get("baselines") or []):
+        where = f"{file}, baseline {number + 1}"
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} must be a JSON object, got {entry!r}")
+        value = Estimate(_entry(entry, "bits_per_dim", float, where), float(entry.get("standard_error") or math.nan))
+        baselines.append(Baseline(_entry(entry, "name", str, where), value, str(entry.get("note") or "")))
+    use = values.get("latent_use")
+    return Evaluation(
+        stem=file.stem,
+        value=_estimate(values, "bits_per_dim", file),
+        published=_estimate(values, "as_published", file) if values.get("as_published") else None,
+        draws_error=_entry(values, "draws_error", float, file),
+        terms=terms,
+        images=_entry(values, "images", int, file),
+        split=_entry(values, "split", str, file),
+        step=_entry(values, "checkpoint.step", int, file),
+        checkpoint=_entry(values, "checkpoint.name", str, file),
+        weights=_entry(values, "weights", str, file),
+        settings=_entry(values, "settings", dict, file),
+        by_time=by_time,
+        latent_use=use if isinstance(use, dict) and "between_images" in use else None,
+        baselines=baselines,
+        seconds=_entry(values, "seconds", float, file),
+        per_image=_per_image(file.with_suffix(".npz")),
+    )
+
+
+def _arrays(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} cannot be read as .npz: {error}") from None
+
+
+def _per_image(file: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    if not file.exists():
+        return None
+    arrays = _arrays(file)
+    if not {"index", "bits_per_dim"} <= set(arrays) or arrays["index"].shape != arrays["bits_per_dim"].shape:
+        raise UserError(f"{file} must hold index and bits_per_dim of one length, got {', '.join(sorted(arrays))}")
+    return arrays["index"], arrays["bits_per_dim"]
+
+
+def _samples(folder: Path, shape: list[int]) -> Samples | None:
+    files = sorted(folder.glob("*.npz"), key=lambda f: (f.stat().st_mtime, f.name))
+    if not files:
+        return None
+    file, arrays = files[-1], _arrays(files[-1])
+    images, trajectory, times = (arrays.get(name) for name in ("images", "trajectory", "trajectory_t"))
+    if images is None or images.dtype != np.uint8 or list(images.shape[1:]) != shape:
+        raise UserError(f"{file}: images must be uint8 (N, {', '.join(map(str, shape))})")
+    if trajectory is not None and (trajectory.dtype != np.uint8 or list(trajectory.shape[2:]) != shape):
+        raise UserError(f"{file}: trajectory must be uint8 (S, K, {', '.join(map(str, shape))})")
+    if trajectory is None or times is None or times.shape != trajectory.shape[:1]:
+        times = None
+    return Samples(file.name, len(images), images[:MOST_IMAGES], trajectory, times)
