@@ -9,11 +9,13 @@ A checkpoint is complete when its folder has its final name; meta.json holds the
 Loading never executes code.
 """
 
-import errno
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +24,23 @@ from nelbo.errors import UserError
 
 __all__ = [
     "Checkpoint",
+    "cannot_write",
+    "find_checkpoint",
     "load_model",
     "load_tensors",
+    "locked",
     "read_checkpoint",
     "read_json",
     "read_run",
     "save_checkpoint",
+    "to_json",
     "write_aside",
     "write_json",
 ]
 
 FORMAT = 1
 WEIGHTS = {"raw": "weights.safetensors", "ema": "ema.safetensors"}
+OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,12 @@ class Checkpoint:
         return int(self.meta["step"])
 
 
-def no_space(error: OSError, where: Path) -> UserError | OSError:
-    """A full disk, quota or read-only file system as the user's problem; other errors as they are."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        return UserError(f"cannot write {where}: {os.strerror(error.errno or 0)}; what was complete before is kept")
-    return error
+# Files -----------------------------------------------------------------------------------------------------------------
+
+
+def cannot_write(error: OSError, where: Path) -> UserError:
+    """A full disk, a folder without permission and the like, as the user's problem."""
+    return UserError(f"cannot write {where}: {error.strerror or error}; what was complete before is kept")
 
 
 def write_aside(path: Path, content: bytes | str) -> None:
@@ -61,58 +69,129 @@ def write_aside(path: Path, content: bytes | str) -> None:
     aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        try:
+            _write(aside, content.encode() if isinstance(content, str) else content)
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise no_space(error, path) from error
+        raise cannot_write(error, path) from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """JSON with an indent, written aside; numbers that are not finite become null."""
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON; numbers that are not finite become null."""
 
     def clean(v: Any) -> Any:
         if isinstance(v, dict):
             return {str(k): clean(w) for k, w in v.items()}
         if isinstance(v, (list, tuple)):
             return [clean(w) for w in v]
-        if isinstance(v, float) and (v != v or v in (float("inf"), float("-inf"))):
-            return None
-        return v
+        return None if isinstance(v, float) and not math.isfinite(v) else v
 
-    write_aside(path, json.dumps(clean(value), indent=2, allow_nan=False) + "\n")
+    return json.dumps(clean(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file with an indent, written aside."""
+    write_aside(path, to_json(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
     """The contents of a JSON file; UserError that names the file where it cannot be read."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is not readable JSON ({error}); it was changed or cut off") from None
 
 
+def _check(value: Any, shape: dict[str, Any], path: Path, where: str = "") -> None:
+    """That a table holds entries of the types in ``shape``: what a person may have edited, or another program written."""
+    for key, kind in shape.items():
+        entry = value.get(key) if isinstance(value, dict) else None
+        if isinstance(kind, dict):
+            _check(entry, kind, path, f"{where}{key}.")
+        elif not isinstance(entry, kind) or (isinstance(entry, bool) and kind is int):
+            raise UserError(
+                f"{path}: {where}{key} must be of type {kind.__name__}, got {entry!r}; it was changed or is another "
+                "program's"
+            )
+
+
+# Runs ------------------------------------------------------------------------------------------------------------------
+
+
 def read_run(run: Path | str) -> dict[str, Any]:
     """run.json of a run folder."""
     run = Path(run)
+    path = run / "run.json"
     if not run.exists():
         raise UserError(f"no such run: {run}; `nelbo train PRESET --out {run}` makes one")
     if not run.is_dir():
         raise UserError(f"{run} is a file, not a run folder")
-    if not (run / "run.json").is_file():
+    if not path.is_file():
         raise UserError(f"{run} is not a run of nelbo: it holds no run.json")
-    record = read_json(run / "run.json")
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{run}/run.json has format {found!r}; this version of nelbo reads format {FORMAT}")
-    for key in ("config", "data"):
-        if not isinstance(record.get(key), dict):
-            raise UserError(f"{run}/run.json lacks the table {key!r}; it was changed or is another program's")
+    record = read_json(path)
+    _check_format(record, path)
+    data = {"name": str, "version": str, "shape": list, "levels": int}
+    _check(record, {"config": dict, "data": data}, path)
+    shape = record["data"]["shape"]
+    if len(shape) != 3 or not all(type(n) is int and n > 0 for n in shape):
+        raise UserError(f"{path}: data.shape must be channels, height and width, got {shape!r}")
     return record
+
+
+def _check_format(record: Any, path: Path) -> None:
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found!r}; this version of nelbo reads format {FORMAT}")
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Only one training at a time may write to a run. The lock ends with the process, however that ends."""
+    import fcntl
+
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training {run}; wait for it, stop it, or choose another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clean_up(run: Path) -> None:
+    """Remove what a killed save, write or removal left behind."""
+    for path in (*run.glob("checkpoints/.tmp-*"), *run.glob("checkpoints/.old-*")):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (*run.glob(".*.tmp-*"), *run.glob("samples/.*.tmp-*")):
+        path.unlink(missing_ok=True)
+
+
+# Checkpoints -----------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_name(step: int) -> str:
@@ -147,10 +226,23 @@ def read_checkpoint(run: Path | str, which: str | int = "last") -> Checkpoint:
     return Checkpoint(path, _read_meta(path))
 
 
+def find_checkpoint(source: Path | str) -> Checkpoint:
+    """A run's best checkpoint, or the checkpoint whose folder is given."""
+    source = Path(source)
+    if (source / "meta.json").is_file():
+        return Checkpoint(source, _read_meta(source))
+    read_run(source)
+    return read_checkpoint(source, "best")
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
     meta = read_json(path / "meta.json")
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT or not isinstance(meta.get("files"), dict):
-        raise UserError(f"{path}/meta.json is not a checkpoint's of format {FORMAT}")
+    _check_format(meta, path / "meta.json")
+    _check(meta, {"step": int, "files": dict}, path / "meta.json")
+    for name, entry in meta["files"].items():
+        _check(entry, {"bytes": int, "sha256": str}, path / "meta.json", f"files.{name}.")
+    if meta.get("best") is not None:
+        _check(meta["best"], {"step": int, "bits_per_dim": float}, path / "meta.json", "best.")
     return meta
 
 
@@ -170,7 +262,7 @@ def load_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if len(content) != expected["bytes"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise UserError(
             f"{path} is truncated or was changed: {len(content)} bytes, and not the {expected['bytes']} that were "
-            "written with its checksum; use another checkpoint (--checkpoint STEP)"
+            f"written with its checksum; use another checkpoint, or remove {checkpoint.path} to go on from the one before"
         )
     try:
         return load(content)
@@ -192,25 +284,23 @@ def save_checkpoint(run: Path, tensors: dict[str, dict[str, Any]], meta: dict[st
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        for name, group in tensors.items():
-            content = save({k: v.detach().cpu().contiguous() for k, v in group.items()})
-            files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            with open(aside / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        meta = {"format": FORMAT, **meta, "files": files}
-        write_json(aside / "meta.json", meta)
-        if final.exists():
-            _remove(final)
-        os.replace(aside, final)
+        try:
+            for name, group in tensors.items():
+                content = save({k: v.detach().cpu().contiguous() for k, v in group.items()})
+                files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                _write(aside / name, content)
+            meta = {"format": FORMAT, **meta, "files": files}
+            _write(aside / "meta.json", (to_json(meta, indent=2) + "\n").encode())
+            _sync_folder(aside)
+            if final.exists():
+                _remove(final)
+            os.replace(aside, final)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         _sync_folder(folder)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise no_space(error, final) from error
-    except UserError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        raise cannot_write(error, final) from error
     best = meta.get("best")
     kept = {p.name for p in list_checkpoints(run)[-keep:]} | ({checkpoint_name(best["step"])} if best else set())
     for path in list_checkpoints(run):
@@ -219,27 +309,12 @@ def save_checkpoint(run: Path, tensors: dict[str, dict[str, Any]], meta: dict[st
     return Checkpoint(final, meta)
 
 
-def clean_up(run: Path) -> None:
-    """Remove what a killed save or removal left behind."""
-    for pattern in (".tmp-*", ".old-*"):
-        for path in (run / "checkpoints").glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _remove(path: Path) -> None:
     """Rename first, so that a killed removal never leaves a checkpoint with files missing."""
     aside = path.with_name(f".old-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_weights(model: Any, tensors: dict[str, Any], where: Path) -> None:

@@ -145,6 +145,7 @@ def evaluate(
     from nelbo.report import latent_use
     from nelbo.training import versions
 
+    (run / "evaluations").mkdir(exist_ok=True)
     result = bound(run)
     compared = bound(Path(compare)) if compare is not None else None
     difference = likelihood.compare(result, compared) if compared is not None else None

@@ -153,12 +153,9 @@ def photo_crops(photos: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
 def _arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None, int]:
     """Images and labels by split, and levels, of a ``.npy`` or ``.npz`` file."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            arrays = {"images": loaded}
-        else:
-            with loaded:
-                arrays = {key: loaded[key] for key in loaded.files}
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {"images": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded}
     except Exception as error:  # numpy, zipfile and zlib each raise their own
         raise UserError(
             f"cannot read {path}: it must hold plain arrays as numpy.save or numpy.savez writes them, not cut short "

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from nelbo import checkpoints
 from nelbo.errors import UserError
 
 __all__ = ["Baseline", "Curves", "Estimate", "Evaluation", "Run", "Samples", "Thinned", "read_runs"]
@@ -50,6 +51,7 @@ class Evaluation:
     draws_error: float
     terms: dict[str, Estimate]
     images: int
+    data: tuple[str, str]
     split: str
     step: int
     checkpoint: str
@@ -121,6 +123,7 @@ class Run:
     curves: Curves
     evaluations: list[Evaluation]
     samples: Samples | None
+    checkpoint: str
 
     @property
     def data(self) -> dict[str, Any]:
@@ -128,9 +131,9 @@ class Run:
         return self.info["data"]
 
     @property
-    def data_name(self) -> str:
+    def data_name(self) -> tuple[str, str]:
         """Data set and version."""
-        return f"{self.data['name']} {self.data['version']}"
+        return self.data["name"], self.data["version"]
 
     @property
     def dimensions(self) -> int:
@@ -139,13 +142,16 @@ class Run:
 
     @property
     def headline(self) -> Evaluation | None:
-        """The evaluation that speaks for the run: test split, continuous time, averaged weights, best checkpoint; then
-        the most images, the most draws, the latest step."""
+        """The evaluation that speaks for the run: its own data, test split, the checkpoint asked for, averaged weights,
+        the T of training; then the most images, the most draws, the latest step."""
+        trained_steps = self.info["config"].get("objective", {}).get("steps", 0)
 
         def rank(e: Evaluation) -> tuple[Any, ...]:
             draws = e.settings.get("times_per_shift", 0) * e.settings.get("shifts", 0)
-            wanted = (e.split == "test", not e.settings.get("steps", 0), e.weights == "ema", e.checkpoint == "best")
-            return *wanted, e.images, draws, e.step, e.stem
+            asked = self.checkpoint in (e.checkpoint, str(e.step))
+            same_time = e.settings.get("steps", 0) == trained_steps
+            own = e.data == self.data_name
+            return own, e.split == "test", asked, e.weights == "ema", same_time, e.images, draws, e.step, e.stem
 
         return max(self.evaluations, key=rank, default=None)
 
@@ -154,7 +160,7 @@ class Run:
         return f"nelbo {verb} {shlex.quote(str(self.path))} {rest}".strip()
 
 
-def read_runs(paths: list[Path]) -> list[Run]:
+def read_runs(paths: list[Path], checkpoint: str = "best") -> list[Run]:
     """Every run folder, in the order given; folders that are no runs raise UserError."""
     if not paths:
         raise UserError("a report needs at least one run folder")
@@ -162,21 +168,16 @@ def read_runs(paths: list[Path]) -> list[Run]:
     runs = []
     for number, path in enumerate(paths):
         name = names[number] if names.count(names[number]) == 1 else str(path)
-        runs.append(_read_run(path, name, number))
+        runs.append(_read_run(path, name, number, checkpoint))
     return runs
 
 
-def _read_run(path: Path, name: str, number: int) -> Run:
-    file = path / "run.json"
-    if not file.is_file():
-        raise UserError(f"{path} is not a run: it holds no run.json")
-    info = _json(file)
-    if info.get("format") != 1:
-        raise UserError(f"{file}: format must be 1, got {info.get('format')!r}")
+def _read_run(path: Path, name: str, number: int, checkpoint: str) -> Run:
+    info, file = checkpoints.read_run(path), path / "run.json"
     for key in ("config", "data", "versions", "parameters_by_part"):
         _entry(info, key, dict, file)
     _entry(info, "parameters", int, file)
-    for key in ("data.name", "data.version", "preset"):
+    for key in ("data.name", "data.version", "preset", "config.data.source"):
         _entry(info, key, str, file)
     shape = _entry(info, "data.shape", list, file)
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
@@ -184,15 +185,13 @@ def _read_run(path: Path, name: str, number: int) -> Run:
     levels = _entry(info, "data.levels", int, file)
     if not 2 <= levels <= 256:
         raise UserError(f"{file}: data.levels must lie in 2 .. 256, got {levels}")
-    evaluations = [_evaluation(e) for e in sorted((path / "evaluations").glob("*.json"))]
-    return Run(path, name, number, info, _curves(path / "metrics.jsonl"), evaluations, _samples(path / "samples", shape))
+    evaluations = [_evaluation(e) for e in sorted((path / "evaluations").glob("[!.]*.json"))]
+    curves, samples = _curves(path / "metrics.jsonl"), _samples(path / "samples", shape)
+    return Run(path, name, number, info, curves, evaluations, samples, checkpoint)
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from None
+    values = checkpoints.read_json(file)
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold a JSON object, got {type(values).__name__}")
     return values
@@ -299,6 +298,7 @@ def _evaluation(file: Path) -> Evaluation:
         draws_error=_entry(values, "draws_error", float, file),
         terms=terms,
         images=_entry(values, "images", int, file),
+        data=(_entry(values, "data.name", str, file), _entry(values, "data.version", str, file)),
         split=_entry(values, "split", str, file),
         step=_entry(values, "checkpoint.step", int, file),
         checkpoint=_entry(values, "checkpoint.name", str, file),

@@ -1,0 +1,36 @@
+# Two commands: `make demo` and `make test`. Each sets up .venv first; nothing but Python 3.11 is needed.
+PYTHON ?= python3.11
+BIN = .venv/bin
+INSTALLED = .venv/.installed
+DEMO = runs/demo
+
+.PHONY: demo test test-slow lint format clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## train MuLAN on digits, evaluate, sample, report: about ten minutes on two cores
+	$(BIN)/nelbo train mulan-digits --out $(DEMO)
+	test -f $(DEMO)/evaluations/test-best-ema-vlb-16x2.json || $(BIN)/nelbo evaluate $(DEMO)
+	test -f $(DEMO)/samples/best.png || $(BIN)/nelbo sample $(DEMO) --count 100 --out $(DEMO)/samples/best
+	$(BIN)/nelbo report $(DEMO)
+
+test: $(INSTALLED)  ## everything but the tests marked slow: minutes
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: $(INSTALLED)  ## the slow ones too
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: $(INSTALLED)  ## style, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist src/*.egg-info

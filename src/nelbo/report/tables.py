@@ -1,0 +1,359 @@
+"""Tables and sentences of the report: what every figure is, where it comes from, and how figures compare."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nelbo.report.runs import Baseline, Estimate, Evaluation, Run
+
+__all__ = [
+    "NOT_A_BOUND",
+    "Cell",
+    "Group",
+    "Row",
+    "Table",
+    "difference",
+    "differences_table",
+    "duration",
+    "evaluations_table",
+    "figure",
+    "figures_table",
+    "flatten",
+    "group_runs",
+    "latent_sentences",
+    "machine_table",
+    "number",
+    "plain",
+    "provenance",
+    "settings_table",
+    "terms_table",
+]
+
+NOT_A_BOUND = (
+    "not a bound: as its authors compute it, the k-hot latent charged the KL of one categorical draw, which is not the "
+    "KL of the subset"
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value and, beside it, its error."""
+
+    value: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: its name, a line of detail below the name, the run's number for its colour (-1: none), and the cells."""
+
+    name: str
+    cells: list[Cell]
+    detail: str = ""
+    number: int = -1
+    kind: str = "run"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a caption, a head and notes below."""
+
+    caption: str
+    head: list[str]
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs on the same data, whose figures may be compared, and the classical baselines on those images."""
+
+    title: str
+    runs: list[Run]
+    baselines: list[tuple[str, Baseline]]
+
+    @property
+    def evaluated(self) -> list[Run]:
+        """Those that have a figure."""
+        return [run for run in self.runs if run.headline is not None]
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """By data set and version of the headline evaluation, or of training where there is none."""
+    keys: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        keys.setdefault(run.headline.data if run.headline else run.data_name, []).append(run)
+    groups = []
+    for (name, version), members in keys.items():
+        found: dict[tuple[str, str, int], Baseline] = {}
+        for run in members:
+            for baseline in run.headline.baselines if run.headline else []:
+                found.setdefault((baseline.name, run.headline.split, run.headline.images), baseline)  # type: ignore[union-attr]
+        several = len({(split, images) for _, split, images in found}) > 1
+        labels = [
+            (f"{name} ({split}, {images} images)" if several else name, baseline)
+            for (name, split, images), baseline in found.items()
+        ]
+        groups.append(Group(f"{name}, version {version}", members, labels))
+    return groups
+
+
+def number(value: float, sign: bool = False, digits: int = 4) -> str:
+    """Fixed decimals with a true minus sign; a dash for what is not known."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def figure(value: Estimate) -> str:
+    """A mean and its error."""
+    return f"{number(value.mean)} ± {number(value.error)}" if math.isfinite(value.error) else number(value.mean)
+
+
+def _cell(value: Estimate, sign: bool = False) -> Cell:
+    return Cell(number(value.mean, sign), "" if math.isnan(value.error) else f"± {number(value.error)}")
+
+
+def duration(seconds: float) -> str:
+    """Wall clock in the units that a person would use."""
+    if not math.isfinite(seconds):
+        return "–"
+    whole = round(seconds)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} days {whole % 86400 // 3600} h"
+
+
+def provenance(e: Evaluation) -> str:
+    """What a figure is and where it comes from, in one line."""
+    steps, method = e.settings.get("steps", 0), str(e.settings.get("method", "vlb"))
+    kind = "upper bound (VLB" if method == "vlb" else f"estimate ({method}"
+    parts = [f"{kind}, {f'T = {steps}' if steps else 'continuous time'})"]
+    parts.append(f"{e.data[0]} version {e.data[1]}, {e.split} split, {e.images} images")
+    weights = {"ema": "averaged (EMA) weights", "raw": "raw weights"}.get(e.weights, e.weights)
+    parts.append(f"{weights} of step {e.step:,} ({e.checkpoint})".replace(",", " "))
+    if "times_per_shift" in e.settings:
+        parts.append(f"{e.settings['times_per_shift']} times × {e.settings.get('shifts', 1)} shifts an image")
+    if "seed" in e.settings:
+        parts.append(f"seed {e.settings['seed']}")
+    return " · ".join(parts)
+
+
+def _baseline_rows(group: Group, blanks: int, before: int = 0) -> list[Row]:
+    """The classical baselines as rows: their figure after ``before`` blank cells and before ``blanks`` others."""
+    return [
+        Row(label, [Cell("")] * before + [_cell(b.value)] + [Cell("")] * blanks, b.note, kind="baseline")
+        for label, b in group.baselines
+    ]
+
+
+def _figure_rows(run: Run, e: Evaluation, name: str) -> list[Row]:
+    rows = [Row(name, [_cell(e.value), Cell(number(e.draws_error))], provenance(e), run.number)]
+    if e.published is not None:
+        rows.append(Row(f"{name}, as published", [_cell(e.published), Cell("")], NOT_A_BOUND, run.number, "published"))
+    return rows
+
+
+def figures_table(group: Group) -> Table:
+    """One figure a run, both for the paper's k-hot, and the baselines."""
+    rows = []
+    for run in group.runs:
+        if run.headline is None:
+            rows.append(Row(run.name, [Cell("–"), Cell("–")], "no evaluation yet", run.number))
+        else:
+            rows += _figure_rows(run, run.headline, run.name)
+    notes = ["± is one standard error over the images. It already contains the draws' own error, given beside it."]
+    if len({(r.headline.split, r.headline.images) for r in group.evaluated if r.headline}) > 1:
+        notes.append("These figures are not all of the same images: see the line below each name.")
+    if not group.baselines:
+        notes.append("No evaluation carries the classical baselines; nelbo evaluate measures them.")
+    head = ["", "bits/dim", "draws' own error"]
+    return Table(f"Bits per dimension on {group.title}: lower is better", head, rows + _baseline_rows(group, 1), notes)
+
+
+def evaluations_table(group: Group) -> Table | None:
+    """Every evaluation, where a run has more than its headline."""
+    if all(len(run.evaluations) < 2 for run in group.runs):
+        return None
+    rows = [row for run in group.runs for e in run.evaluations for row in _figure_rows(run, e, f"{run.name}: {e.stem}")]
+    return Table("Every evaluation", ["", "bits/dim", "draws' own error"], rows + _baseline_rows(group, 1))
+
+
+def difference(a: Run, b: Run) -> tuple[Estimate, bool]:
+    """a - b of the headline figures, and whether it is paired per image (of the same data and split)."""
+    e, f = a.headline, b.headline
+    assert e is not None and f is not None
+    if (e.data, e.split) == (f.data, f.split) and e.per_image is not None and f.per_image is not None:
+        _, left, right = np.intersect1d(e.per_image[0], f.per_image[0], return_indices=True)
+        gap = e.per_image[1][left] - f.per_image[1][right]
+        if len(gap) > 1:
+            return Estimate(float(gap.mean()), float(gap.std(ddof=1) / math.sqrt(len(gap)))), True
+    return Estimate(e.value.mean - f.value.mean, math.hypot(e.value.error, f.value.error)), False
+
+
+def differences_table(group: Group) -> Table | None:
+    """Row minus column in bits/dim, with its error: runs against runs, baselines against runs."""
+    columns = group.evaluated
+    if not columns or len(columns) + len(group.baselines) < 2:
+        return None
+    rows, unpaired, unlike = [], False, False
+    for run in columns if len(columns) > 1 else []:
+        cells = []
+        for other in columns:
+            if other is run:
+                cells.append(Cell("–"))
+                continue
+            value, paired = difference(run, other)
+            unpaired |= not paired
+            unlike |= _draws(run) != _draws(other)
+            cells.append(Cell(number(value.mean, True), f"± {number(value.error)}" + ("" if paired else " *")))
+        rows.append(Row(run.name, cells, number=run.number))
+    for label, baseline in group.baselines:
+        cells = []
+        for run in columns:
+            assert run.headline is not None
+            error = math.hypot(baseline.value.error, run.headline.value.error)
+            value = Estimate(baseline.value.mean - run.headline.value.mean, error)
+            shown = _cell(value, True)
+            cells.append(Cell(shown.value, f"{shown.error} *" if shown.error else ""))
+        rows.append(Row(label, cells, kind="baseline"))
+    notes = ["Row minus column: below zero, the row is better. Valid bounds only. ± is one standard error."]
+    if len(columns) > 1:
+        notes.append("Between runs it is that of the paired differences, image by image, unless marked *.")
+    if unpaired or group.baselines:
+        notes.append("* not paired: the two errors are combined as if independent, which overstates the error.")
+    if unlike:
+        notes.append("Some runs were evaluated with other times, T or seeds: their draws are not the same.")
+    return Table("Differences in bits per dimension", ["", *(run.name for run in columns)], rows, notes)
+
+
+def _draws(run: Run) -> list[Any]:
+    assert run.headline is not None
+    return [run.headline.settings.get(key) for key in ("method", "times_per_shift", "shifts", "steps", "seed")]
+
+
+def terms_table(group: Group) -> Table:
+    """The four terms and their sum."""
+    rows = []
+    for run in group.evaluated:
+        e = run.headline
+        assert e is not None
+        common = [_cell(e.terms[name]) for name in ("prior", "reconstruction", "diffusion")]
+        valid = e.terms.get("valid_latent", e.terms["latent"])
+        rows.append(Row(run.name, [*common, _cell(valid), _cell(e.value)], number=run.number))
+        if e.published is not None:
+            cells = [*common, _cell(e.terms["latent"]), _cell(e.published)]
+            rows.append(Row(f"{run.name}, as published", cells, "not a bound", run.number, "published"))
+    head = ["", "prior", "reconstruction", "diffusion", "latent", "sum"]
+    notes = ["The classical baselines have no such terms; their figures stand in the last column."]
+    rows += _baseline_rows(group, 0, 4)
+    return Table("The four terms of the bound, bits/dim", head, rows, notes if group.baselines else [])
+
+
+def flatten(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """A nested table with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
+    return flat
+
+
+def plain(value: Any) -> str:
+    """A setting as text."""
+    if value is None:
+        return "default"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain, value))
+    return str(value)
+
+
+def settings_table(runs: Sequence[Run]) -> Table:
+    """The fields in which the configurations of two or more runs differ."""
+    configs = [{"preset": run.info["preset"], **flatten(run.info["config"])} for run in runs]
+    names = list(dict.fromkeys(name for config in configs for name in config))
+    rows = []
+    for name in names:
+        values = [plain(config[name]) if name in config else "–" for config in configs]
+        if len(set(values)) > 1:
+            rows.append(Row(name, [Cell(value) for value in values], kind="setting"))
+    notes = [] if rows else ["None: the configurations are the same."]
+    return Table("Settings in which the runs differ", ["", *(run.name for run in runs)], rows, notes)
+
+
+def machine_table(runs: Sequence[Run]) -> Table:
+    """Time taken, parameters by part, versions."""
+
+    def row(name: str, values: Sequence[str]) -> Row:
+        return Row(name, [Cell(value) for value in values], kind="setting")
+
+    def thousands(value: Any) -> str:
+        return f"{value:,}".replace(",", " ") if isinstance(value, int) else plain(value)
+
+    def rate(run: Run) -> str:
+        return f"{run.curves.images / run.curves.seconds:,.0f}".replace(",", " ") if run.curves.seconds > 0 else "–"
+
+    rows = [
+        row("started", [plain(run.info.get("created", "–")) for run in runs]),
+        row("training, wall clock", [duration(run.curves.seconds) for run in runs]),
+        row("training steps", [thousands(run.curves.step) for run in runs]),
+        row("images seen", [thousands(run.curves.images) for run in runs]),
+        row("images a second, overall", [rate(run) for run in runs]),
+        row("evaluation, wall clock", [duration(r.headline.seconds) if r.headline else "–" for r in runs]),
+        row("parameters", [thousands(run.info["parameters"]) for run in runs]),
+    ]
+    for title, key in (("parameters of the ", "parameters_by_part"), ("", "versions")):
+        for name in dict.fromkeys(name for run in runs for name in run.info[key]):
+            rows.append(row(title + name, [thousands(run.info[key].get(name, "–")) for run in runs]))
+    return Table("Time taken, size and versions", ["", *(run.name for run in runs)], rows)
+
+
+def latent_sentences(run: Run, use: dict[str, Any] | None) -> list[str]:
+    """What the latent costs and whether it is used; ``use`` as ``latent_use`` gives it."""
+    latent = run.info["config"].get("latent", {})
+    kind = latent.get("kind", "none")
+    if kind == "none":
+        return ["This model has no auxiliary latent: one schedule for every image."]
+    sentences, e = [], run.headline
+    if e is not None and kind != "image":
+        valid = e.terms.get("valid_latent", e.terms["latent"])
+        bits = [f"{v.mean:.4f} ± {v.error:.4f} bits/dim, {v.mean * run.dimensions:.3f} bits an image"
+                for v in (valid, e.terms["latent"])]  # fmt: skip
+        where = f"{e.split} split, {e.images} images"
+        if e.published is None:
+            sentences.append(f"The latent ({kind}) costs {bits[0]} ({where}): on average c tells no more of an image.")
+        else:
+            sentences.append(f"The latent ({kind}) is charged {bits[0]} in the valid bound (log C(n, k), which bounds "
+                             f"its KL); its authors charge {bits[1]} ({where}).")  # fmt: skip
+    if use is None:
+        return sentences
+    spread, between = use["gamma_spread"], use["between_images"]
+    worst = max(range(len(spread["t"])), key=lambda i: spread["mean"][i])
+    draws = "" if use["draws"] == 1 else f", {use['draws']} draws each"
+    source = "the image itself" if kind == "image" else "c ~ q(c|x)"
+    sentences.append(
+        f"Over {source} of {use['images']} test images{draws}, γ spreads by at most {_nats(use['largest_spread'])}, "
+        f"{100 * use['largest_spread_share']:.2g} % of its range of {use['range']:.2f} (standard deviation, mean over "
+        f"pixels, at t = {spread['t'][worst]:g}; {_nats(max(spread['max']))} at the pixel that spreads most). Between "
+        f"images, the chance of the draws taken out, it is at most {_nats(max(between['mean']))}."
+    )
+    verdict = "uses" if use["schedule_uses_latent"] else "does not use"
+    sentences.append(f"The schedule {verdict} the latent (rule: it is used where the spread, averaged over pixels, "
+                     f"reaches {use['spread_rule']:g} nats at some t).")  # fmt: skip
+    if use["denoiser_change"] is not None:
+        change = max(use["denoiser_change"]["mean"])
+        verdict = "uses" if use["denoiser_uses_latent"] else "does not use"
+        sentences.append(f"Given the c of another image, the denoiser's ε̂ changes by up to {100 * change:.2g} % of its "
+                         f"error (root mean square): the denoiser {verdict} the latent (rule: "
+                         f"{100 * use['change_rule']:g} % or more at some t).")  # fmt: skip
+    return sentences
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2g} nats" if value else "0 nats"
