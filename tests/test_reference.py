@@ -395,7 +395,9 @@ class Tree(nn.Module):
 def optimizer(case: Case, compare: Comparison) -> None:
     """AdamW with its decay mask, the moving average, and the warm-up."""
     settings, recorded = case.config, case.under("params/")
-    model = Tree(recorded)
+    # torch's AdamW rounds twice a step, for the decay and for the update, flax's once: so steps are taken in float64
+    # and rounded to float32.
+    model = Tree(recorded).double()
     parameters = {name: model.get_parameter(name.replace(".", "_").replace("/", ".")) for name in recorded}
     config = OptimizerConfig(
         learning_rate=settings["lr"],
@@ -411,14 +413,16 @@ def optimizer(case: Case, compare: Comparison) -> None:
     for name, parameter in parameters.items():
         compare(f"decayed/{name}", torch.tensor(id(parameter) in decayed), absolute=0.5)
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta_1, config.beta_2), eps=config.eps)
-    ema = [parameter.detach().clone() for parameter in parameters.values()]
-    for step in range(len(case.variants(r"params/" + re.escape(next(iter(recorded)))))):
+    ema = list(recorded.values())
+    for step in range(len(case.variants("params/" + re.escape(next(iter(recorded)))))):
         for name, parameter in parameters.items():
-            parameter.grad = case[f"in/step{step}/grad/{name}"]
+            parameter.grad = case[f"in/step{step}/grad/{name}"].double()
         adamw.step()
-        optimizers.update_ema(ema, list(parameters.values()), config.ema)
-        for (name, parameter), average in zip(parameters.items(), ema, strict=True):
-            compare(f"step{step}/params/{name}", parameter, absolute=1e-7)
+        rounded = [parameter.detach().float() for parameter in parameters.values()]
+        optimizers.update_ema(ema, rounded, config.ema)
+        for (name, parameter), now, average in zip(parameters.items(), rounded, ema, strict=True):
+            parameter.data.copy_(now)
+            compare(f"step{step}/params/{name}", now, absolute=1e-7)
             compare(f"step{step}/ema/{name}", average, absolute=1e-7)
     numbers = case["out/lr_schedule_steps"]
     compare.seen.add("out/lr_schedule_steps")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nelbo import likelihood
-from nelbo.build import build_model
+from nelbo.compose import build_model
 from nelbo.checkpoints import load_model as load
 from nelbo.config import Config
 from nelbo.draws import Draws

@@ -201,7 +201,7 @@ def checkpoint_name(step: int) -> str:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.is_dir())
+    return sorted(p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit())
 
 
 def read_checkpoint(run: Path | str, which: str | int = "last") -> Checkpoint:
@@ -262,7 +262,7 @@ def load_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if len(content) != expected["bytes"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise UserError(
             f"{path} is truncated or was changed: {len(content)} bytes, and not the {expected['bytes']} that were "
-            f"written with its checksum; use another checkpoint, or remove {checkpoint.path} to go on from the one before"
+            "written with its checksum; use another checkpoint, or remove that folder to go on from the one before"
         )
     try:
         return load(content)
@@ -334,7 +334,7 @@ def load_weights(model: Any, tensors: dict[str, Any], where: Path) -> None:
 
 def load_model(run: Path | str, checkpoint: str | int = "best", weights: str = "ema", device: Any = "cpu") -> Any:
     """The trained DiffusionModel of a run, in evaluation mode. ``weights``: "ema" or "raw"."""
-    from nelbo.build import build_model
+    from nelbo.compose import build_model
     from nelbo.config import from_dict
 
     if weights not in WEIGHTS:
@@ -342,6 +342,10 @@ def load_model(run: Path | str, checkpoint: str | int = "best", weights: str = "
     record = read_run(run)
     found = read_checkpoint(run, checkpoint)
     data = record["data"]
-    model = build_model(from_dict(record["config"]), tuple(data["shape"]), data["levels"], data.get("classes"))
+    try:
+        config = from_dict(record["config"])
+    except UserError as error:
+        raise UserError(f"{run}/run.json: {error}") from None
+    model = build_model(config, tuple(data["shape"]), data["levels"], data.get("classes"))
     load_weights(model, load_tensors(found, WEIGHTS[weights]), found.path)
     return model.to(device).eval()

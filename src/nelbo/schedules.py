@@ -168,7 +168,7 @@ class Monotone(Interior):
 class PixelMonotone(Interior):
     """MuLAN's per-pixel monotone network given c (or time alone when ``condition`` is 0), on u = [c, t]:
 
-    r = l1(t) + l3(s(l_int(s(l2(2 u - 1)))))/width, all weights positive, s = 2 sigmoid - 1.
+    r = l1(t) + l3(s(l_int(s(l2(2 u - 1)))))/width, all weights positive, s = 2 sigmoid - 1; l1 is one line for all pixels.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class PixelMonotone(Interior):
         super().__init__()
         self.shape, self.condition, self.width = tuple(shape), condition, width
         size = math.prod(shape)
-        self.l1 = nn.Linear(condition + 1, size)
+        self.l1 = nn.Linear(1, 1)
         self.l2 = nn.Linear(condition + 1, width)
         self.l_int = nn.Linear(width, width)
         self.l3 = nn.Linear(width, size, bias=False)
@@ -192,7 +192,7 @@ class PixelMonotone(Interior):
         w1, w2, w_int, w3 = (_positive(layer.weight) for layer in (self.l1, self.l2, self.l_int, self.l3))
 
         def curve(t: Tensor) -> tuple[Tensor, Tensor]:
-            u = t.reshape(-1, 1)
+            u = column = t.reshape(-1, 1)
             if self.condition:
                 assert c is not None, "a conditioned schedule needs its latent"
                 batch = max(len(c), len(u))
@@ -201,8 +201,8 @@ class PixelMonotone(Interior):
             s_rate = 4 * s * (1 - s) * w2[:, -1]
             v = torch.sigmoid(F.linear(2 * (s - 0.5), w_int, self.l_int.bias))
             v_rate = 2 * v * (1 - v) * F.linear(s_rate, w_int)
-            value = F.linear(u, w1, self.l1.bias) + F.linear(2 * (v - 0.5), w3) / self.width
-            rate = w1[:, -1] + F.linear(v_rate, w3) / self.width
+            value = F.linear(column, w1, self.l1.bias) + F.linear(2 * (v - 0.5), w3) / self.width
+            rate = w1 + F.linear(v_rate, w3) / self.width
             return value.reshape(-1, *self.shape), rate.reshape(-1, *self.shape)
 
         return curve

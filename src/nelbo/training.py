@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import nelbo
 from nelbo import checkpoints, likelihood, pictures, pixels, samplers, times
-from nelbo.build import build_model, noise_parameters
+from nelbo.compose import build_model, noise_parameters
 from nelbo.config import Config, to_dict
 from nelbo.data import Batches, Dataset, load
 from nelbo.data.loader import Batch

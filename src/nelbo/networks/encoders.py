@@ -32,10 +32,11 @@ class UNetEncoder(nn.Module):
         fourier: Sequence[float] = (),
         groups: int = 32,
         dropout: float = 0.0,
+        attention_everywhere: bool = False,
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.trunk = Trunk(shape[0], channels, levels, channels, 1, fourier, groups, dropout)
+        self.trunk = Trunk(shape[0], channels, levels, channels, 1, fourier, groups, dropout, attention_everywhere)
         self.norm = norm(channels, groups)
         self.conv_out = zero(nn.Conv2d(channels, 1, 3, padding=1))
         self.heads = nn.ModuleList(nn.Linear(math.prod(shape[1:]), size) for _ in range(heads))

@@ -124,8 +124,8 @@ class _Sources:
             return None, None, f"The test images could not be loaded: {data}."
         trained = ", version ".join(run.data_name)
         if (data.name, data.version) != run.data_name:
-            now = f"{data.name}, version {data.version}"
-            return None, None, f"The test images are not shown: {source} is now {now}; {run.name} was trained on {trained}."
+            now = f"{source} is now {data.name}, version {data.version}"
+            return None, None, f"The test images are not shown: {now}; {run.name} was trained on {trained}."
         return data.images["test"], None if data.labels is None else data.labels["test"], ""
 
 
