@@ -456,6 +456,13 @@ def test_the_stream_never_changes() -> None:
     assert hashlib.sha256(got.images.tobytes() + got.flag.tobytes()).hexdigest()[:16] == "58a8b001821a9b26"
 
 
+def test_large_seeds_are_seeds() -> None:
+    orders = {tuple(permutation(20, seed, epoch)) for seed in (2**63, 2**63 + 1, 2**64 - 1) for epoch in (0, 5)}
+    assert len(orders) == 6
+    flags = {tuple(Batches(IMAGES, None, 40, seed, "flip").batch_at(1).flag) for seed in (2**63, 2**63 + 1, 2**64 - 1)}
+    assert len(flags) == 3
+
+
 def test_flips() -> None:
     got = Batches(IMAGES, None, 4000, 2, "flip").batch_at(0)
     sources = IMAGES[np.concatenate([permutation(10, 2, e) for e in range(400)])]

@@ -46,7 +46,7 @@ def test_derivatives_equal_autodiff(name):
     path, gamma = PATHS[name](), GAMMAS.clone().requires_grad_()
     for value, derivative in zip(path.coefficients(gamma), path.derivatives(gamma), strict=True):
         (slope,) = torch.autograd.grad(value.sum(), gamma)
-        assert torch.allclose(derivative, slope, rtol=1e-10, atol=1e-18)
+        assert torch.allclose(derivative, slope, rtol=1e-8, atol=1e-18)  # autodiff loses digits in 1 - sigmoid
 
 
 @pytest.mark.parametrize("name", PATHS)

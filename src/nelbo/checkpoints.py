@@ -56,7 +56,7 @@ class Checkpoint:
         return int(self.meta["step"])
 
 
-# Files -----------------------------------------------------------------------------------------------------------------
+# Files ---------------------------------------------------------------------------------------------------------------
 
 
 def cannot_write(error: OSError, where: Path) -> UserError:
@@ -124,7 +124,7 @@ def read_json(path: Path) -> Any:
 
 
 def _check(value: Any, shape: dict[str, Any], path: Path, where: str = "") -> None:
-    """That a table holds entries of the types in ``shape``: what a person may have edited, or another program written."""
+    """Refuse a table without the entries of ``shape``: a person may have edited it, or another program written it."""
     for key, kind in shape.items():
         entry = value.get(key) if isinstance(value, dict) else None
         if isinstance(kind, dict):
@@ -136,7 +136,7 @@ def _check(value: Any, shape: dict[str, Any], path: Path, where: str = "") -> No
             )
 
 
-# Runs ------------------------------------------------------------------------------------------------------------------
+# Runs ----------------------------------------------------------------------------------------------------------------
 
 
 def read_run(run: Path | str) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def locked(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training {run}; wait for it, stop it, or choose another --out") from None
+            raise UserError(f"another process is training {run}; wait for it, or stop it") from None
         except OSError:
             pass  # a file system without locks
         yield
@@ -191,7 +191,7 @@ def clean_up(run: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# Checkpoints -----------------------------------------------------------------------------------------------------------
+# Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_name(step: int) -> str:

@@ -5,6 +5,7 @@ single fields. This module imports no torch, so that help and ``--dry-run`` answ
 """
 
 import dataclasses
+import json
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +23,7 @@ __all__ = [
     "ScheduleConfig",
     "TrainingConfig",
     "from_dict",
+    "refuse_changes",
     "to_dict",
 ]
 
@@ -249,7 +251,7 @@ def check(config: Config) -> None:
         raise UserError(f"schedule.gamma_min must lie below schedule.gamma_max = {schedule.gamma_max}, "
                         f"got {schedule.gamma_min}")
     if schedule.ends == "free" and schedule.kind not in ("monotone", "pixel-monotone"):
-        raise UserError(f"schedule.ends = free needs a monotone network (monotone, pixel-monotone), got {schedule.kind}")
+        raise UserError(f"schedule.ends = free needs schedule.kind monotone or pixel-monotone, got {schedule.kind}")
     if config.objective.minimise_variance and (schedule.kind, schedule.ends) not in (
         ("monotone", "fixed"),
         ("monotone", "learned"),
@@ -265,8 +267,8 @@ def check(config: Config) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain dicts, for JSON."""
-    return dataclasses.asdict(config)
+    """The configuration as plain dicts, as JSON would give them back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(values: dict[str, Any], cls: type = Config, where: str = "") -> Any:
@@ -307,3 +309,33 @@ def _parse(value: Any, hint: Any, where: str) -> Any:
     if type(value) is not hint:
         raise UserError(f"{where} must be of type {hint.__name__}, got {value!r}")
     return value
+
+
+# Fields that may change when a run is continued: they do not alter the trajectory of the weights. (What data.source
+# holds is compared by content.)
+FREE = (
+    "training.steps training.log_every training.evaluate_every training.evaluate_images training.evaluate_times "
+    "training.sample_every training.save_every training.keep data.source"
+).split()
+
+
+def refuse_changes(old: dict[str, Any], config: Config, run: str) -> None:
+    """UserError that names a field whose change since ``run`` began (``old``) would alter its trajectory."""
+    before, now = _flatten(old), _flatten(to_dict(config))
+    for name in before | now:
+        if before.get(name) == now.get(name):
+            continue
+        if name in FREE and not (name == "training.steps" and config.optimizer.decay != "none"):
+            continue
+        why = "; with a decaying learning rate the number of steps is fixed" if name == "training.steps" else ""
+        raise UserError(
+            f"{name} was {before.get(name)!r} when {run} began and is {now.get(name)!r} now{why}: a change that alters "
+            f"the trajectory needs a new run (--out) or the old value; free to change are {', '.join(FREE)}"
+        )
+
+
+def _flatten(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
+    return flat

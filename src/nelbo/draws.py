@@ -20,8 +20,9 @@ STREAMS = {name: i for i, name in enumerate(("time", "latent", "eps_0", "eps", "
 
 def generator(seed: int, index: int, draw: int, stream: str) -> np.random.Generator:
     """The generator of one example's stream; seeds, indices and draws are whole numbers from 0 to 2^64 - 1."""
-    # The lowest word of the counter is the one that runs.
-    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, draw, STREAMS[stream]]))
+    # The lowest word of the counter is the one that runs. Lists of numbers above and below 2^63 would turn into floats.
+    words = np.array([seed, index, 0, 0, draw, STREAMS[stream]], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=words[:2], counter=words[2:]))
 
 
 class Draws:
@@ -35,7 +36,7 @@ class Draws:
     ) -> None:
         self.seed, self.device = int(seed), device
         self.index = [int(i) for i in index]
-        self.draw = [int(draw)] * len(self.index) if isinstance(draw, int) else [int(d) for d in draw]
+        self.draw = [int(d) for d in ([draw] * len(self.index) if np.ndim(draw) == 0 else draw)]
 
     def _each(self, stream: str, shape: Sequence[int], draw: Callable[[np.random.Generator], np.ndarray]) -> Tensor:
         values = np.empty((len(self.index), *shape), dtype=np.float32)

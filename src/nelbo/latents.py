@@ -140,7 +140,7 @@ class KHot(Latent):
     def posterior(self, parameters: tuple[Tensor, ...], noise: Tensor, step: int = 0) -> LatentDraw:
         (theta,) = parameters
         log_z, mu, prefix = k_subset(theta, self.k)
-        c = sample_k_subset(theta, prefix, self.k, noise) + mu - mu.detach()
+        c = sample_k_subset(theta, prefix, self.k, noise) + (mu - mu.detach())
         kl = (mu * theta).sum(1) - log_z + log_binomial(self.size, self.k)
         return LatentDraw(c, kl, kl)
 
@@ -188,7 +188,7 @@ class PaperKHot(KHot):
         soft = noisy / noisy.norm(dim=1, keepdim=True)
         hard = torch.zeros_like(soft).scatter(1, noisy.topk(self.k, 1).indices, 1.0)
         valid = theta.new_full((len(theta),), log_binomial(self.size, self.k))
-        return LatentDraw(hard + soft - soft.detach(), _categorical_kl(theta), valid)
+        return LatentDraw(hard + (soft - soft.detach()), _categorical_kl(theta), valid)
 
 
 class OneHot(Latent):
@@ -203,7 +203,7 @@ class OneHot(Latent):
         soft = F.softmax((logits + noise) / temperature, 1)
         hard = F.one_hot((logits + noise).argmax(1), self.size).to(soft.dtype)
         kl = _categorical_kl(logits)
-        return LatentDraw(hard + soft - soft.detach(), kl, kl)
+        return LatentDraw(hard + (soft - soft.detach()), kl, kl)
 
     def prior(self, draws: Draws) -> Tensor:
         return F.one_hot(draws.gumbel("latent", (self.size,)).argmax(1), self.size).float()

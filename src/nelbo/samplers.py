@@ -20,15 +20,20 @@ __all__ = ["Step", "ancestral", "reverse_step", "sample"]
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def reverse_step(model: DiffusionModel, c: Tensor | None = None, clip: bool = False) -> Step:
-    """p(z_s|z_t) of a model given c; ``clip`` keeps x_hat within [-1, 1] (grey levels end there)."""
+def reverse_step(
+    model: DiffusionModel, c: Tensor | None = None, clip: bool = False, flag: Tensor | None = None
+) -> Step:
+    """p(z_s|z_t) of a model given c; ``clip`` keeps x_hat within [-1, 1] (grey levels end there).
+
+    ``flag`` (B,) is 1 for samples as of augmented images.
+    """
     curve = None if model.schedule_reads_image else model.curve(c)
 
     def step(z: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if curve is None:
-            return objectives.image_schedule_step(model, z, s, t)
+            return objectives.image_schedule_step(model, z, s, t, flag)
         gamma_s, gamma_t = curve(s)[0], curve(t)[0]
-        x_hat, eps_hat = model.predict(z, gamma_t, c)
+        x_hat, eps_hat = model.predict(z, gamma_t, c, flag)
         if clip:
             alpha, sigma = model.path.coefficients(gamma_t)
             x_hat = x_hat.clamp(-1, 1)

@@ -2,21 +2,19 @@
 
 Everything random in step n is a function of (seed, n) or of (seed, example): data order, augmentation, times, noise,
 latents and dropout. A checkpoint therefore holds weights, their moving average, the optimizer's moments and the step,
-and nothing else. Progress is counted in images.
+and the sums of the line that the log is in the middle of. Progress is counted in images.
+
+Several processes (``accelerate launch``) each take their part of a batch; the first of them writes.
 """
 
+import contextlib
 import copy
-import json
 import math
-import os
-import platform
 import signal
-import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,26 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import nelbo
 from nelbo import checkpoints, likelihood, pictures, pixels, samplers, times
-from nelbo.compose import build_model, noise_parameters
-from nelbo.config import Config, to_dict
+from nelbo.build import build_model, noise_parameters
+from nelbo.config import Config, refuse_changes, to_dict
 from nelbo.data import Batches, Dataset, load
 from nelbo.data.loader import Batch
+from nelbo.devices import full_float32, versions
 from nelbo.draws import Draws
 from nelbo.errors import UserError
+from nelbo.logs import Log
+from nelbo.memory import memory_estimate
 from nelbo.model import DiffusionModel
 from nelbo.objectives import Terms
 from nelbo.optimizers import learning_rate_factor, parameter_groups, update_ema
 
-__all__ = ["Stopped", "memory_estimate", "train", "versions"]
+__all__ = ["Stopped", "train"]
 
-# Fields that may change when a run is continued: they do not alter the trajectory of the weights.
-FREE = (
-    "training.steps training.log_every training.evaluate_every training.evaluate_images training.evaluate_times "
-    "training.sample_every training.save_every training.keep"
-).split()
-# The fields that say which architecture a checkpoint has.
 TERMS = ("prior", "reconstruction", "diffusion", "latent", "valid_latent")
 
 
@@ -55,16 +49,6 @@ class Stopped(Exception):
         super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}, saved; "
                          "the same command continues")
         self.status = 128 + signal_number
-
-
-def versions() -> dict[str, str]:
-    """What a figure was made with."""
-    return {
-        "nelbo": nelbo.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
 
 
 class Loss(nn.Module):
@@ -96,241 +80,89 @@ class Loss(nn.Module):
         )
 
 
-def memory_estimate(model: DiffusionModel, config: Config, labelled: bool) -> dict[str, int]:
-    """Bytes that training holds at once: weights with gradients, two moments and average; activations of a part.
-
-    Activations are counted, not guessed: one image goes forward and what the backward pass would keep is added up.
-    """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    batch = Batch(
-        np.zeros((1, *model.shape), np.uint8), np.zeros(1, np.int64) if labelled else None,
-        np.zeros(1, np.float32), np.zeros(1, np.int64),
-    )  # fmt: skip
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = Loss(model, config)(batch, slice(0, 1), 0).total.sum()
-    del loss
-    activations = sum(size for pointer, size in held.items() if pointer not in owned)
-    part = config.training.batch // config.training.accumulate
-    return {"weights": 5 * weights, "activations": activations * part}
-
-
 class Trainer:
     """The state of a run between steps, and what is done with it."""
 
-    def __init__(self, config: Config, run: Path, data: Dataset, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, run: Path, data: Dataset) -> None:
         from accelerate import Accelerator
 
-        self.config, self.run, self.data, self.say = config, run, data, say
-        self.accelerator = Accelerator()
-        device = self.accelerator.device
-        self.model = build_model(config, data.shape, data.levels, data.classes or None).to(device)
-        if config.training.precision == "bf16":
+        self.config, self.run, self.data = config, run, data
+        self.accelerator = Accelerator(mixed_precision="no")  # the model chooses its own
+        self.processes = self.accelerator.num_processes
+        training, o = config.training, config.optimizer
+        self.parts = training.accumulate * self.processes
+        if training.batch % self.parts:
+            raise UserError(
+                f"training.accumulate times the number of processes must divide training.batch = {training.batch}, "
+                f"got {training.accumulate} and {self.processes}"
+            )
+        self.model = build_model(config, data.shape, data.levels, data.classes or None).to(self.accelerator.device)
+        if training.precision == "bf16":
             self.model.autocast = torch.bfloat16
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.ema.autocast = None
-        groups = parameter_groups(self.model, config.optimizer, noise_parameters(self.model))
-        o = config.optimizer
+        groups = parameter_groups(self.model, o, noise_parameters(self.model))
         optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta_1, o.beta_2), eps=o.eps, fused=True)
         self.loss, self.optimizer = self.accelerator.prepare(Loss(self.model, config), optimizer)
         self.batches = Batches(
             data.images["train"], None if data.labels is None else data.labels["train"],
-            config.training.batch, config.training.seed, config.data.augment,
+            training.batch, training.seed, config.data.augment,
         )  # fmt: skip
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, float] | None = None
+        self.window = self.empty_window()
 
-    # State ---------------------------------------------------------------------------------------------------------
+    @staticmethod
+    def empty_window() -> dict[str, float]:
+        """Sums over the steps since the last line of the log."""
+        return dict.fromkeys(("steps", "seconds", *TERMS, "gradient_norm"), 0.0)
 
-    def names(self) -> dict[str, Tensor]:
-        """The trained parameters by name."""
-        return dict(self.model.named_parameters())
+    # State -----------------------------------------------------------------------------------------------------------
 
-    def save(self) -> checkpoints.Checkpoint:
+    def save(self) -> None:
         """Write a checkpoint of this step."""
         moments = {}
-        for name, parameter in self.names().items():
+        for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 moments[f"{key}.{name}"] = value
         tensors = {
             checkpoints.WEIGHTS["raw"]: self.model.state_dict(),
             checkpoints.WEIGHTS["ema"]: self.ema.state_dict(),
-            "optimizer.safetensors": moments,
+            checkpoints.OPTIMIZER: moments,
         }
         meta = {
             "step": self.step,
             "images": self.step * self.config.training.batch,
             "seconds": self.seconds,
             "best": self.best,
+            "window": self.window,
             "versions": versions(),
         }
-        return checkpoints.save_checkpoint(self.run, tensors, meta, self.config.training.keep)
+        checkpoints.save_checkpoint(self.run, tensors, meta, self.config.training.keep)
 
     def restore(self, checkpoint: checkpoints.Checkpoint, optimizer: bool = True, progress: bool = True) -> None:
-        """Load a checkpoint: always weights and average; the optimizer's moments and the step on request."""
+        """Load a checkpoint: always weights and average; the optimizer's moments and the progress on request."""
         for model, kind in ((self.model, "raw"), (self.ema, "ema")):
             tensors = checkpoints.load_tensors(checkpoint, checkpoints.WEIGHTS[kind])
             checkpoints.load_weights(model, tensors, checkpoint.path)
         if optimizer:
-            moments = checkpoints.load_tensors(checkpoint, "optimizer.safetensors")
-            for name, parameter in self.names().items():
+            moments = checkpoints.load_tensors(checkpoint, checkpoints.OPTIMIZER)
+            for name, parameter in self.model.named_parameters():
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 if f"step.{name}" in moments:
                     self.optimizer.state[parameter] = {k: moments[f"{k}.{name}"].to(parameter.device) for k in keys}
         if progress:
             self.step, self.seconds = checkpoint.step, float(checkpoint.meta["seconds"])
-            self.best = checkpoint.meta.get("best")
+            self.best = checkpoint.meta["best"]
+            self.window |= checkpoint.meta.get("window", {})
 
-    # Steps ---------------------------------------------------------------------------------------------------------
-
-    def take_step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step: the means of the terms (5,) in bits/dim, and the gradient's norm."""
-        config, training = self.config, self.config.training
-        torch.manual_seed(training.seed * 1_000_003 + self.step)  # dropout
-        self.model.train()
-        factor = learning_rate_factor(self.step, config.optimizer, training.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        batch, size = self.batches.batch_at(self.step), training.batch // training.accumulate
-        sums = torch.zeros(len(TERMS), device=self.accelerator.device)
-        for start in range(0, training.batch, size):
-            terms = self.loss(batch, slice(start, start + size), self.step)
-            self.accelerator.backward(pixels.bits_per_dim(terms.total.sum() / training.batch, self.model.dimensions))
-            sums += torch.stack([getattr(terms, name).detach().sum() for name in TERMS])
-        parameters = list(self.model.parameters())
-        largest = config.optimizer.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
-        self.optimizer.step()
-        update_ema(list(self.ema.parameters()), parameters, config.optimizer.ema)
-        self.step += 1
-        return pixels.bits_per_dim(sums / training.batch, self.model.dimensions), norm
-
-    def evaluate(self) -> dict[str, Any]:
-        """The bound of the averaged weights on validation images; remembers the best step."""
-        training, images = self.config.training, self.data.images["validation"][: self.config.training.evaluate_images]
-        labels = None if self.data.labels is None else self.data.labels["validation"][: len(images)]
-        result = likelihood.vlb(
-            self.ema, images, labels=labels, times_per_shift=training.evaluate_times, shifts=2,
-            steps=self.config.objective.steps,
-        )  # fmt: skip
-        if self.best is None or result.mean < self.best["bits_per_dim"]:
-            self.best = {"step": self.step, "bits_per_dim": result.mean}
+    def description(self) -> dict[str, Any]:
+        """What run.json says of the data and the model."""
+        data, parts = self.data, dict[str, int]()
+        for name, parameter in self.model.named_parameters():
+            part = name.split(".")[0]
+            parts[part] = parts.get(part, 0) + parameter.numel()
         return {
-            "bits_per_dim": {"mean": result.mean, "standard_error": result.standard_error},
-            "terms": {k: {"mean": v.mean, "standard_error": v.standard_error} for k, v in result.terms.items()},
-        }
-
-
-def _due(every: int, images: int, batch: int) -> bool:
-    """Whether a multiple of ``every`` images was reached in the step that ended at ``images``."""
-    return every > 0 and images // every > (images - batch) // every
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals that asked to stop, as they come; only the main thread may listen."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Log:
-    """metrics.jsonl and TensorBoard, cut back to the step that a run continues from."""
-
-    def __init__(self, run: Path, step: int) -> None:
-        self.path = run / "metrics.jsonl"
-        if self.path.exists():
-            kept = []
-            for line in self.path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    break  # a killed run may leave its last line cut off
-            checkpoints.write_aside(self.path, "".join(line + "\n" for line in kept))
-        self.purge = step + 1
-        self.writer: Any = None
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one line, and the same numbers to TensorBoard."""
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=self.purge)
-        try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise checkpoints.no_space(error, self.path) from error
-        kind, step = record["kind"], record["step"]
-        bits = record["bits_per_dim"]
-        self.writer.add_scalar(f"{kind}/bits_per_dim", bits["mean"] if isinstance(bits, dict) else bits, step)
-        for name, value in record["terms"].items():
-            self.writer.add_scalar(f"{kind}/{name}", value["mean"] if isinstance(value, dict) else value, step)
-        for name in ("learning_rate", "images_per_second", "gradient_norm"):
-            if name in record:
-                self.writer.add_scalar(f"{kind}/{name}", record[name], step)
-
-    def close(self) -> None:
-        """Flush what TensorBoard holds."""
-        if self.writer is not None:
-            self.writer.close()
-
-
-def _flatten(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
-    return flat
-
-
-def _check_same(config: Config, data: Dataset, record: dict[str, Any], run: Path) -> None:
-    """Refuse, by name, a change that would alter the trajectory of a run that is continued."""
-    old, new = _flatten(record["config"]), _flatten(json.loads(json.dumps(to_dict(config))))
-    for name in old | new:
-        if old.get(name) == new.get(name):
-            continue
-        if name in FREE and not (name == "training.steps" and config.optimizer.decay != "none"):
-            continue
-        why = "; with a decaying learning rate the number of steps is fixed" if name == "training.steps" else ""
-        raise UserError(
-            f"{name} was {old.get(name)!r} when {run} began and is {new.get(name)!r} now{why}: a change that alters the "
-            f"trajectory needs a new run (--out) or the old value; free to change are {', '.join(FREE)}"
-        )
-    if (data.name, data.version) != (record["data"]["name"], record["data"]["version"]):
-        raise UserError(
-            f"{run} was trained on {record['data']['name']} {record['data']['version']}, and the data are now "
-            f"{data.name} {data.version}"
-        )
-
-
-def _begin(config: Config, run: Path, preset: str, trainer: Trainer, data: Dataset) -> None:
-    """Write run.json of a new run."""
-    parts: dict[str, int] = {}
-    for name, parameter in trainer.names().items():
-        part = name.split(".")[0]
-        parts[part] = parts.get(part, 0) + parameter.numel()
-    checkpoints.write_json(
-        run / "run.json",
-        {
-            "format": checkpoints.FORMAT,
-            "preset": preset,
-            "config": to_dict(config),
             "data": {
                 "name": data.name,
                 "version": data.version,
@@ -339,13 +171,166 @@ def _begin(config: Config, run: Path, preset: str, trainer: Trainer, data: Datas
                 "classes": data.classes or None,
                 "description": data.description,
             },
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
             "parameters": sum(parts.values()),
             "parameters_by_part": parts,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    )
+        }
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of weights and activations in this process."""
+        loss, part = Loss(self.model, self.config), self.config.training.batch // self.parts
+
+        def forward(images: int) -> Tensor:
+            return loss(self.batches.batch_at(0), slice(0, images), 0).total.sum()
+
+        return memory_estimate(self.model, forward, part)
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def take_step(self) -> float:
+        """One optimizer step; adds its figures to the window and returns its bits/dim (valid latent charge)."""
+        begun, config, training = time.perf_counter(), self.config, self.config.training
+        first = self.accelerator.process_index
+        # Dropout: a hash of (seed, step, process).
+        words = np.random.SeedSequence([training.seed, self.step, first]).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0]))
+        self.model.train()
+        factor = learning_rate_factor(self.step, config.optimizer, training.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        batch, size = self.batches.batch_at(self.step), training.batch // self.parts
+        sums = torch.zeros(len(TERMS), device=self.accelerator.device)
+        for part in range(training.accumulate):
+            start = (part * self.processes + first) * size
+            last = part == training.accumulate - 1  # where processes exchange their gradients
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.loss):
+                terms = self.loss(batch, slice(start, start + size), self.step)
+                mean = terms.total.sum() * self.processes / training.batch  # gradients are averaged over processes
+                self.accelerator.backward(pixels.bits_per_dim(mean, self.model.dimensions))
+            sums += torch.stack([getattr(terms, name).detach().sum() for name in TERMS])
+        sums = self.accelerator.reduce(sums, "sum") / training.batch
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        figures = dict(zip(TERMS, pixels.bits_per_dim(sums, self.model.dimensions).tolist(), strict=True))
+        figures["gradient_norm"] = float(norm)
+        self.check_finite(figures)
+        if config.optimizer.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
+        self.optimizer.step()
+        update_ema(list(self.ema.parameters()), parameters, config.optimizer.ema)
+        self.step += 1
+        for name, value in {"steps": 1, "seconds": time.perf_counter() - begun, **figures}.items():
+            self.window[name] += value
+        return sum(figures[name] for name in TERMS if name != "latent")
+
+    def check_finite(self, figures: dict[str, float]) -> None:
+        """Stop before a step that would spoil the weights."""
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        kept = checkpoints.list_checkpoints(self.run)
+        raise UserError(
+            f"not finite at step {self.step + 1}: {', '.join(bad)}; try a lower optimizer.learning_rate, a longer "
+            "optimizer.warmup or optimizer.clip 1"
+            + (", or training.precision float32" if self.config.training.precision != "float32" else "")
+            + (f"; the last good checkpoint is {kept[-1]}" if kept else "; no checkpoint was written yet")
+        )
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether any process says so: all leave at the same step."""
+        if self.processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
+
+    def log_line(self) -> dict[str, Any]:
+        """The figures since the last line, and a new window."""
+        steps, seconds = self.window["steps"], self.window["seconds"]
+        terms = {name: self.window[name] / steps for name in TERMS}
+        line = {
+            "kind": "train",
+            "step": self.step,
+            "images": self.step * self.config.training.batch,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(steps * self.config.training.batch / seconds, 2),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "bits_per_dim": sum(terms.values()) - terms["latent"],
+            "terms": terms,
+            "gradient_norm": self.window["gradient_norm"] / steps,
+        }
+        self.window = self.empty_window()
+        return line
+
+    def evaluate(self) -> dict[str, Any]:
+        """The bound of the averaged weights on validation images; remembers the best step."""
+        training, images = self.config.training, self.data.images["validation"][: self.config.training.evaluate_images]
+        labels = None if self.data.labels is None else self.data.labels["validation"][: len(images)]
+        with full_float32():
+            result = likelihood.vlb(
+                self.ema, images, labels=labels, times_per_shift=training.evaluate_times, shifts=2,
+                steps=self.config.objective.steps,
+            )  # fmt: skip
+        if math.isfinite(result.mean) and (self.best is None or result.mean < self.best["bits_per_dim"]):
+            self.best = {"step": self.step, "bits_per_dim": result.mean}
+        return {
+            "kind": "evaluation",
+            "split": "validation",
+            "step": self.step,
+            "images": self.step * training.batch,
+            "seconds": round(self.seconds, 3),
+            "bits_per_dim": {"mean": result.mean, "standard_error": result.standard_error},
+            "terms": {k: {"mean": v.mean, "standard_error": v.standard_error} for k, v in result.terms.items()},
+        }
+
+    def sample(self) -> None:
+        """A grid of samples of the averaged weights."""
+        drawn = samplers.sample(self.ema, 64, steps=self.config.objective.steps or 100)
+        pictures.save_samples(self.run / "samples" / checkpoints.checkpoint_name(self.step), drawn, self.data.levels)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that asked to stop, as they come; a second one acts at once. Only the main thread may listen."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def remember(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_same(config: Config, data: Dataset, init: dict[str, Any] | None, run: Path, record: dict[str, Any]) -> None:
+    """Refuse, by name, a change that would alter the trajectory of a run that is continued."""
+    refuse_changes(record["config"], config, str(run))
+    was, now = (record["data"]["name"], record["data"]["version"]), (data.name, data.version)
+    if was != now:
+        raise UserError(
+            f"data.source: {run} was trained on {' version '.join(was)}, and {config.data.source} is "
+            f"{' version '.join(now)}: other images need a new run (--out)"
+        )
+    began = record.get("init")
+    if init != began and (init is not None or not checkpoints.list_checkpoints(run)):
+        how = f"with --init-from {began['from']}" if began else "without --init-from"
+        raise UserError(f"{run} began {how}; give the same again, or a new folder as --out")
+
+
+def _read_folder(run: Path) -> dict[str, Any] | None:
+    """run.json of the run to continue; None where a new run may begin."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out needs a folder, and {run} is a file")
+    if (run / "run.json").exists():
+        return checkpoints.read_run(run)
+    if run.exists() and any(p.name[0] != "." for p in run.iterdir()):
+        raise UserError(f"{run} holds something else and no run.json; --out needs a new or empty folder, or a run")
+    return None
 
 
 def train(
@@ -361,137 +346,110 @@ def train(
     """Train, or continue, the run in folder ``run`` until training.steps; returns the folder.
 
     ``init_from``: a run or a checkpoint folder whose weights a new run starts from, with ``init_optimizer`` its moments
-    too. ``say`` gets lines for people; ``show(step, bits/dim, images/s)`` is called after every logged step.
+    too. ``say`` gets lines for people; ``show(step, bits/dim, images/s)`` is called after every step with means over
+    the last ones.
     """
-    with torch.random.fork_rng(devices=[]):
-        return _train(config, Path(run), preset, init_from, init_optimizer, say, show)
-
-
-def _train(
-    config: Config,
-    run: Path,
-    preset: str,
-    init_from: Path | str | None,
-    init_optimizer: bool,
-    say: Callable[[str], None],
-    show: Callable[[int, float, float], None] | None,
-) -> Path:
-    training = config.training
-    continued = (run / "run.json").exists()
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run} is a file; --out needs a folder")
-    if not continued and run.exists() and any(p.name[0] != "." for p in run.iterdir()):
-        raise UserError(f"{run} holds something else and no run.json; --out needs a new or empty folder, or a run")
-    record = checkpoints.read_run(run) if continued else None
+    run, training = Path(run), config.training
+    record, kept = _read_folder(run), checkpoints.list_checkpoints(run)
     data = load(config.data.source)
+    init = None if init_from is None else {"from": str(Path(init_from).resolve()), "optimizer": init_optimizer}
     if record is not None:
-        _check_same(config, data, record, run)
-    trainer = Trainer(config, run, data, say)
-    checkpoints.clean_up(run)
-    if checkpoints.list_checkpoints(run):
-        trainer.restore(checkpoints.read_checkpoint(run, "last"))
-    elif init_from is not None:
-        trainer.restore(_find_checkpoint(Path(init_from)), optimizer=init_optimizer, progress=False)
-    main = trainer.accelerator.is_main_process
-    if record is None and main:
-        _begin(config, run, preset, trainer, data)
-    if trainer.step >= training.steps:
-        say(f"{run} is complete: {trainer.step} of {training.steps} steps")
+        _check_same(config, data, init, run, record)
+    if kept and (step := checkpoints.read_checkpoint(run).step) >= training.steps:
+        say(f"{run} is complete: {step} of {training.steps} steps")
         return run
-    count = sum(p.numel() for p in trainer.names().values())
-    memory = memory_estimate(trainer.model, config, data.labels is not None)
-    say(f"{data.description}")
-    say(
-        f"{count:,} parameters; about {sum(memory.values()) / 2**20:,.0f} MiB in training "
-        f"({memory['weights'] / 2**20:,.0f} weights and optimizer, {memory['activations'] / 2**20:,.0f} activations); "
-        f"device {trainer.accelerator.device}, {torch.get_num_threads()} threads"
-    )
-    say(f"{'continuing at step ' + str(trainer.step) if trainer.step else 'starting'}; everything goes to {run}/")
-    log = Log(run, trainer.step)
-    try:
-        with _signals() as caught:
-            _loop(trainer, log, caught, show)
-    finally:
-        log.close()
+    trainer = Trainer(config, run, data)
+    if init_from is not None and not kept:
+        trainer.restore(checkpoints.find_checkpoint(init_from), optimizer=init_optimizer, progress=False)
+    trainer.accelerator.wait_for_everyone()  # all have read the folder before it changes
+    main = trainer.accelerator.is_main_process
+    if record is None:
+        record = {
+            "format": checkpoints.FORMAT,
+            "preset": preset,
+            "config": None,
+            **trainer.description(),
+            "init": init,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        if main:
+            run.mkdir(parents=True, exist_ok=True)
+    if not main:
+        say = str  # silent
+    with contextlib.ExitStack() as stack:
+        log = None
+        if main:
+            stack.enter_context(checkpoints.locked(run))
+            checkpoints.clean_up(run)
+            if record["config"] != to_dict(config):
+                checkpoints.write_json(run / "run.json", {**record, "config": to_dict(config)})
+        if kept:
+            trainer.restore(checkpoints.read_checkpoint(run))
+        if main:
+            log = stack.enter_context(contextlib.closing(Log(run, trainer.step)))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        _announce(trainer, record, say)
+        _loop(trainer, log, stack.enter_context(_signals()), say, show)
     return run
 
 
-def _loop(trainer: Trainer, log: Log, caught: list[int], show: Callable[[int, float, float], None] | None) -> None:
+def _announce(trainer: Trainer, record: dict[str, Any], say: Callable[[str], None]) -> None:
+    memory = trainer.memory()
+    say(trainer.data.description)
+    parts = ", ".join(f"{name} {count:,}" for name, count in record["parameters_by_part"].items())
+    say(f"{record['parameters']:,} parameters ({parts})")
+    threads, processes = torch.get_num_threads(), trainer.processes
+    say(
+        f"about {sum(memory.values()) / 2**20:,.0f} MiB for training: {memory['weights'] / 2**20:,.0f} weights, "
+        f"gradients and moments, {memory['activations'] / 2**20:,.0f} activations; "
+        f"{trainer.accelerator.device}, {threads} thread{'s' * (threads > 1)}"
+        + (f", {processes} processes" if processes > 1 else "")
+    )
+    if trainer.step and threads != record["threads"]:
+        say(f"begun with {record['threads']} threads: with {threads}, sums may round differently")
+    say(f"{f'continuing after step {trainer.step}' if trainer.step else 'starting'}; everything goes to {trainer.run}/")
+
+
+def _loop(
+    trainer: Trainer,
+    log: Log | None,
+    caught: list[int],
+    say: Callable[[str], None],
+    show: Callable[[int, float, float], None] | None,
+) -> None:
+    """Step until the end or a signal; ``log`` is None in the processes that write nothing."""
     training = trainer.config.training
-    window: list[tuple[Tensor, Tensor]] = []
-    begun, before, seconds_before = time.perf_counter(), trainer.step, trainer.seconds
-    window_begun = begun
-    while trainer.step < training.steps:
-        window.append(trainer.take_step())
+    begun = time.perf_counter() - trainer.seconds
+    recent: deque[tuple[float, float]] = deque(maxlen=20)  # bits/dim and seconds of the last steps
+
+    def due(every: int) -> bool:
+        """Whether a multiple of ``every`` images was reached in this step."""
         images = trainer.step * training.batch
-        trainer.seconds = seconds_before + time.perf_counter() - begun
-        last = trainer.step == training.steps
-        evaluate = _due(training.evaluate_every, images, training.batch) or (last and training.evaluate_every > 0)
-        save = last or bool(caught) or _due(training.save_every, images, training.batch)
-        if trainer.accelerator.device.type == "cpu" or trainer.step % training.log_every == 0 or save or evaluate:
-            _check_finite(trainer, window)
-        if trainer.step % training.log_every == 0 or last:
-            now = time.perf_counter()
-            terms = torch.stack([t for t, _ in window]).double().mean(0).tolist()
-            bits = sum(terms) - terms[TERMS.index("latent")]
-            rate = len(window) * training.batch / (now - window_begun)
-            log.write(
-                {
-                    "kind": "train",
-                    "step": trainer.step,
-                    "images": images,
-                    "seconds": round(trainer.seconds, 3),
-                    "images_per_second": round(rate, 2),
-                    "learning_rate": trainer.optimizer.param_groups[0]["lr"],
-                    "bits_per_dim": bits,
-                    "terms": dict(zip(TERMS, terms, strict=True)),
-                    "gradient_norm": float(torch.stack([n for _, n in window]).mean()),
-                }
-            )
+        return every > 0 and images // every > (images - training.batch) // every
+
+    while trainer.step < training.steps:
+        before = time.perf_counter()
+        bits = trainer.take_step()
+        recent.append((bits, time.perf_counter() - before))
+        trainer.seconds = time.perf_counter() - begun
+        stop, last, improved = trainer.any_process(bool(caught)), trainer.step == training.steps, False
+        if log is not None:
+            if trainer.step % training.log_every == 0 or last:
+                log.write(trainer.log_line())
             if show is not None:
-                show(trainer.step, bits, rate)
-            window, window_begun = [], now
-        if evaluate:
-            figures = trainer.evaluate()
-            improved = trainer.best is not None and trainer.best["step"] == trainer.step
-            log.write({"kind": "evaluation", "split": "validation", "step": trainer.step, "images": images,
-                       "seconds": round(trainer.seconds, 3), **figures})  # fmt: skip
-            trainer.say(
-                f"step {trainer.step}: {figures['bits_per_dim']['mean']:.4f} ± "
-                f"{figures['bits_per_dim']['standard_error']:.4f} bits/dim on validation"
-                + (", the best so far" if improved else "")
-            )
-            save = save or improved
-        if _due(training.sample_every, images, training.batch):
-            drawn = samplers.sample(trainer.ema, 64, steps=trainer.config.objective.steps or 100)
-            pictures.save_samples(trainer.run / "samples" / f"{checkpoints.checkpoint_name(trainer.step)}", drawn,
-                                  trainer.data.levels)  # fmt: skip
-        if save:
-            trainer.save()
-        if evaluate or save:
-            window_begun = time.perf_counter() if not window else window_begun
-        if caught and not last:
-            raise Stopped(caught[0], trainer.step)
-
-
-def _check_finite(trainer: Trainer, window: list[tuple[Tensor, Tensor]]) -> None:
-    """Stop, before anything is saved, at the first step whose loss is not finite."""
-    for offset, (terms, _) in enumerate(window):
-        if bool(torch.isfinite(terms).all()):
-            continue
-        step = trainer.step - len(window) + offset + 1
-        bad = [name for name, value in zip(TERMS, terms.tolist(), strict=True) if not math.isfinite(value)]
-        kept = checkpoints.list_checkpoints(trainer.run)
-        raise UserError(
-            f"the loss is not finite at step {step}: {', '.join(bad)}; try a lower optimizer.learning_rate, "
-            "optimizer.clip 1.0 or training.precision float32; "
-            + (f"the last good checkpoint is {kept[-1].name}" if kept else "no checkpoint was written yet")
-        )
-
-
-def _find_checkpoint(source: Path) -> checkpoints.Checkpoint:
-    """A run's best checkpoint, or the checkpoint whose folder is given."""
-    if (source / "meta.json").is_file():
-        return checkpoints.Checkpoint(source, checkpoints._read_meta(source))
-    checkpoints.read_run(source)
-    return checkpoints.read_checkpoint(source, "best")
+                mean, rate = (sum(column) / len(recent) for column in zip(*recent, strict=True))
+                show(trainer.step, mean, training.batch / rate)
+            if due(training.evaluate_every) or (last and training.evaluate_every):
+                figures = trainer.evaluate()
+                log.write(figures)
+                improved = trainer.best is not None and trainer.best["step"] == trainer.step
+                value = likelihood.Estimate(**figures["bits_per_dim"])
+                say(f"step {trainer.step}: {value} bits/dim on validation{', the best so far' * improved}")
+            if due(training.sample_every):
+                trainer.sample()
+            if stop or last or improved or due(training.save_every):
+                trainer.save()
+        if stop and not last:
+            raise Stopped(caught[0] if caught else signal.SIGTERM, trainer.step)

@@ -65,8 +65,7 @@ class Batches:
         }
         chosen = np.array([self.epochs[e][i] for e, i in zip(epoch.tolist(), place.tolist(), strict=True)])
         # One turn of the counter is four words, so position i owns the words of turn i whatever the batch.
-        bits = np.random.Philox(key=[self.seed, 0], counter=[int(index[0]), 0, 0, AUGMENT])
-        words = bits.random_raw(4 * self.batch).reshape(self.batch, 4)
+        words = _words(self.seed, 0, int(index[0]), AUGMENT, 4 * self.batch).reshape(self.batch, 4)
         images, changed = self.augment(self.images[chosen], words)
         labels = None if self.labels is None else self.labels[chosen]
         return Batch(images, labels, changed.astype(np.float32), index)
@@ -74,8 +73,14 @@ class Batches:
 
 def permutation(count: int, seed: int, epoch: int = 0) -> np.ndarray:
     """A permutation of 0 .. count - 1, (count,) int64, drawn from (seed, epoch)."""
-    words = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, ORDER]).random_raw(count)
-    return np.argsort(words, kind="stable")
+    return np.argsort(_words(seed, epoch, 0, ORDER, count), kind="stable")
+
+
+def _words(seed: int, index: int, start: int, stream: int, count: int) -> np.ndarray:
+    """Random words, (count,) uint64; ``start`` is the turn of the counter at which they begin."""
+    # As arrays: lists of numbers above and below 2^63 would turn into floats.
+    state = np.array([seed, index, start, 0, 0, stream], dtype=np.uint64)
+    return np.random.Philox(key=state[:2], counter=state[2:]).random_raw(count)
 
 
 def none(images: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
