@@ -27,8 +27,14 @@ PAGE = ROOT / "docs" / "experiments.md"
 
 SEEDS = (0, 1, 2)
 # A constant learning rate, so that the curves of one run can be read at any step.
-DIGITS = "--optimizer.decay none --training.steps 2000 --training.evaluate-every 16000 --training.evaluate-times 8".split()
-PHOTOS = "--optimizer.decay none --training.steps 1000 --training.evaluate-every 2000 --training.save-every 4000".split()
+DIGITS = (
+    "--optimizer.decay none --optimizer.learning-rate 2e-3 --training.steps 2000 "
+    "--training.evaluate-every 16000 --training.evaluate-times 8"
+).split()
+PHOTOS = (
+    "--optimizer.decay none --optimizer.learning-rate 1e-3 --training.steps 1000 "
+    "--training.evaluate-every 2000 --training.save-every 4000"
+).split()
 MAIN = ("vdm", "mulan", "mulan-velocity")
 ABLATIONS = (
     "mulan-no-latent", "mulan-scalar", "mulan-monotone", "mulan-linear", "mulan-label", "mulan-image",

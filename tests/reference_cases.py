@@ -6,6 +6,7 @@ the arrays. `tests/reference/README.md` lists the cases.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -161,14 +162,24 @@ class Comparison:
             self.rows.append((f"{name} rel", float((a - b).norm() / b.norm().clamp(min=1e-30)), relative))
 
     def gradients(self, key: str, module: nn.Module, names: dict[str, str], noise: set[str], tolerance: float) -> None:
-        """The norms out/``key``* of a module's gradients, ``names`` from theirs to ours, passing over ``noise``."""
+        """The norms out/``key``* of a module's gradients, ``names`` from theirs to ours, passing over ``noise``.
+
+        The gradient of a single number can cancel: it is measured against the typical entry of its layer's, if larger.
+        """
         ours = dict(module.named_parameters())
+        recorded = {theirs: float(array) for theirs, array in self.case.under(f"out/{key}").items()}
         for theirs, name in names.items():
+            parameter, allowed = ours[name], tolerance
             if theirs in noise:
                 self.skip(key + theirs)
-            else:
-                gradient = ours[name].grad
-                self(key + theirs, torch.zeros(()) if gradient is None else gradient.norm(), relative=tolerance)
+                continue
+            if parameter.numel() == 1 and recorded.get(theirs):
+                layer = [k for k in recorded if k in names and k.rpartition("/")[0] == theirs.rpartition("/")[0]]
+                entries = sum(ours[names[k]].numel() for k in layer)
+                typical = math.sqrt(sum(recorded[k] ** 2 for k in layer) / entries)
+                allowed *= max(1.0, typical / recorded[theirs])
+            gradient = torch.zeros(()) if parameter.grad is None else parameter.grad.norm()
+            self(key + theirs, gradient, relative=allowed)
 
     def skip(self, key: str) -> None:
         """out/``key`` is rounding noise."""
@@ -216,12 +227,13 @@ def network_names(parameters: Iterable[str]) -> dict[str, str]:
 def schedule_names(parameters: Iterable[str]) -> dict[str, str]:
     """flax name -> nelbo name of a schedule's parameters."""
     scalar = {"w": "slope", "b": "start"}
-    return {name: scalar.get(name) or f"interior.{next(iter(layer_names([name], SCHEDULE).values()))}" for name in parameters}
+    return {
+        name: scalar.get(name) or f"interior.{next(iter(layer_names([name], SCHEDULE).values()))}"
+        for name in parameters
+    }
 
 
-def without_gradient(
-    parameters: Iterable[str], alone: bool, pixelwise: bool = False, whole: bool = True
-) -> set[str]:
+def without_gradient(parameters: Iterable[str], alone: bool, pixelwise: bool = False, whole: bool = True) -> set[str]:
     """Parameters (flax names) whose gradient is zero in exact arithmetic: what is recorded there is rounding noise.
 
     A softmax does not see the bias of the keys. A normalisation whose groups are single channels (``alone``) removes

@@ -230,22 +230,22 @@ def test_simple_gradient_is_exact_for_linear_functions():
 
 
 @pytest.mark.parametrize(("name", "scale", "cosine", "bias"), [
-    ("quadratic", 0.3, 0.0, 0.0),
-    ("quadratic", 2.0, 0.0, 0.0),
-    ("network", 0.3, 0.0, 0.0),
-    ("network", 2.0, 0.0, 0.0),
-    ("product", 0.3, 0.0, 0.0),
-    ("product", 2.0, 0.0, 0.0),
+    ("quadratic", 0.3, 0.9835, 0.2322),
+    ("quadratic", 2.0, 0.7174, 0.5306),
+    ("network", 0.3, 0.9847, 0.2103),
+    ("network", 2.0, 0.8770, 0.4131),
+    ("product", 0.3, 0.9863, 0.2907),
+    ("product", 2.0, 0.8365, 0.5717),
 ])  # fmt: skip
 def test_simple_gradient_bias_is_as_measured(name, scale, cosine, bias):
     """SIMPLE's gradient of E f(c), its expectation over c enumerated, beside the enumerated gradient.
 
-    n = 6, k = 3, theta normal of standard deviation ``scale``: cosine and relative bias as stated. The direction is
-    kept, the length is not: nothing here is unbiased but the linear case above.
+    n = 6, k = 3, theta normal of standard deviation ``scale``: cosine and relative bias as stated. Near a flat posterior
+    it is off by a fifth to a third and points the right way (cosine 0.98); far from it, by half (cosine 0.7 to 0.9).
     """
     found = simple_bias(name, scale)
-    print(name, scale, found)
     assert found == pytest.approx((cosine, bias), abs=2e-3)
+    assert found[0] > 0.7 and 0.2 < found[1] < 0.6
 
 
 # The paper's k-hot ----------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_paper_k_hot_has_two_figures():
     draw = PaperKHot(N, K).posterior((theta,), torch.zeros_like(theta))
     q = torch.softmax(theta, 1)
     assert torch.allclose(draw.kl, (q * (q * N).log()).sum(1), rtol=1e-12)
-    assert torch.equal(draw.valid_kl, torch.full((5,), math.log(20), dtype=FLOAT))
+    assert torch.allclose(draw.valid_kl, torch.full((5,), math.log(20), dtype=FLOAT), rtol=1e-14)
 
 
 def test_the_valid_figure_bounds_the_true_kl_and_the_papers_does_not():

@@ -15,6 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from nelbo import latents, objectives, optimizers, pixels, samplers, times
+from nelbo.config import OptimizerConfig
+from nelbo.model import DiffusionModel
+from nelbo.networks.layers import AttentionBlock, ResidualBlock, fourier_features, norm
+from nelbo.parameterizations import PARAMETERIZATIONS, velocity_from_epsilon
+from nelbo.paths import VariancePreserving
 from reference_cases import (
     ATTENTION,
     BLOCK,
@@ -32,14 +40,6 @@ from reference_cases import (
     unflatten,
     without_gradient,
 )
-from torch import Tensor, nn
-
-from nelbo import latents, objectives, optimizers, pixels, samplers, times
-from nelbo.config import OptimizerConfig
-from nelbo.model import DiffusionModel
-from nelbo.networks.layers import AttentionBlock, ResidualBlock, fourier_features, norm
-from nelbo.parameterizations import PARAMETERIZATIONS, velocity_from_epsilon
-from nelbo.paths import VariancePreserving
 
 OWN = Path(__file__).parent / "reference"
 FOLDER = Path(os.environ.get("NELBO_REFERENCE", OWN))
@@ -104,7 +104,9 @@ def score_unet(case: Case, compare: Comparison) -> None:
             compare.skip(key)
         else:
             compare(key, ours, relative=tolerance)
-    compare.gradients("grad_l2/", network, network_names(parameters), without_gradient(parameters, alone, pixelwise), tolerance)
+    compare.gradients(
+        "grad_l2/", network, network_names(parameters), without_gradient(parameters, alone, pixelwise), tolerance
+    )
 
 
 def encoder(case: Case, compare: Comparison) -> None:
@@ -195,7 +197,11 @@ class VelocityFromEpsilon(nn.Module):
         return velocity_from_epsilon(z, gamma, self.network(z, gamma, conditioning))
 
 
-GAMMA = {"learnable_scalar": ("w", "b"), "learnable_nnet": ("l1/", "l2/", "l3/", "l_int/"), "poly_fixedend": ("dense_",)}
+GAMMA = {
+    "learnable_scalar": ("w", "b"),
+    "learnable_nnet": ("l1/", "l2/", "l3/", "l_int/"),
+    "poly_fixedend": ("dense_",),
+}
 
 
 def build_model(case: Case, settings: dict[str, Any], shape: tuple[int, int, int], kind: str) -> DiffusionModel:
@@ -305,7 +311,12 @@ def loss(case: Case, compare: Comparison, kind: str, allowed: Allowed) -> None:
         compare(f"{v}var_0", torch.sigmoid(gamma_0).mean(), relative=allowed.loss)
         compare(f"{v}var_1", torch.sigmoid(gamma_1).mean(), relative=allowed.loss)
         compare(f"{v}z_t", z_t, absolute=allowed.z, layout=channels_first)
-        compare(f"{v}v_target", model.parameterization.target(model.path, gamma, x, eps), absolute=allowed.z, layout=channels_first)
+        compare(
+            f"{v}v_target",
+            model.parameterization.target(model.path, gamma, x, eps),
+            absolute=allowed.z,
+            layout=channels_first,
+        )
         compare(f"{v}net_out", raw[0][0], **allowed.output, layout=channels_first)
         for name in ("eps_hat", "v_hat"):
             compare(v + name, output, **allowed.output, layout=channels_first)
@@ -375,8 +386,12 @@ def ancestral(case: Case, compare: Comparison) -> None:
     crop = log_probs[:, :, :rows, :across].permute(0, 2, 3, 1, 4)
     compare("decode_logprobs_crop", crop, absolute=2e-4)
     per_pixel = case["out/g_0"].ndim > 1
-    compare("g_0", gamma_0.expand(batch, *shape) if per_pixel else gamma_0[0].flatten(), absolute=2e-5,
-            layout=channels_first if per_pixel else None)
+    compare(
+        "g_0",
+        gamma_0.expand(batch, *shape) if per_pixel else gamma_0[0].flatten(),
+        absolute=2e-5,
+        layout=channels_first if per_pixel else None,
+    )
 
 
 class Tree(nn.Module):
@@ -428,7 +443,9 @@ def optimizer(case: Case, compare: Comparison) -> None:
             compare(f"step{step}/ema/{name}", average, absolute=1e-7)
     numbers = case["out/lr_schedule_steps"]
     compare.seen.add("out/lr_schedule_steps")
-    rates = [config.learning_rate * optimizers.learning_rate_factor(int(n), config, int(numbers.max()) + 1) for n in numbers]
+    rates = [
+        config.learning_rate * optimizers.learning_rate_factor(int(n), config, int(numbers.max()) + 1) for n in numbers
+    ]
     compare("lr_schedule", torch.tensor(rates), absolute=1e-9)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nelbo import likelihood
-from nelbo.compose import build_model
 from nelbo.checkpoints import load_model as load
+from nelbo.compose import build_model
 from nelbo.config import Config
 from nelbo.draws import Draws
 from nelbo.model import DiffusionModel
@@ -40,5 +40,3 @@ def elbo(model: DiffusionModel, images: Any, labels: Any = None, *, steps: int =
     t: Tensor = torch.remainder(shift + torch.arange(n, device=model.device) / n, 1.0)
     labels = None if labels is None else torch.as_tensor(labels, device=model.device)
     return likelihood.draw_terms(model, images, t, Draws(seed, range(n), 0, model.device), labels=labels, steps=steps)
-
-

@@ -3,16 +3,11 @@
 A mistake of the user's gets one line on stderr and exit status 2. Heavy libraries load where a verb needs them.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import io
 import json
 import os
-import re
 import sys
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,8 +16,10 @@ import tyro
 
 import nelbo
 from nelbo import presets
+from nelbo.arguments import parse
 from nelbo.config import Config, to_dict
 from nelbo.errors import UserError
+from nelbo.stopping import Stopped
 
 __all__ = ["main"]
 
@@ -44,7 +41,7 @@ class Train:
     """CPU threads. By default what PyTorch takes; use 1 beside other work."""
 
 
-Run = Annotated[Path, tyro.conf.Positional]
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Weights = Literal["ema", "raw"]
 
 
@@ -63,7 +60,7 @@ class Evaluate:
     split: str = "test"
     """train, validation or test."""
     data: str | None = None
-    """Other images: a data set's name, a .npy or .npz file or a folder. By default the run's."""
+    """Other images, their --split: a data set's name, a .npy or .npz file or a folder. By default the run's."""
     images: int | None = None
     """Only the first so many images of the split."""
     times: int = 16
@@ -80,6 +77,8 @@ class Evaluate:
     """Another run: the paired difference per image, same draws, with its error."""
     per_image: Path | None = None
     """Write index, bits/dim, terms and error of every image to this CSV file."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... By default a GPU where there is one."""
     threads: int | None = None
     """CPU threads. By default what PyTorch takes."""
 
@@ -112,6 +111,8 @@ class Sample:
     """Images shown on their way from noise; 0 for no strip."""
     out: Path | None = None
     """Path of the files without suffix. By default RUN/samples/ and a name made of the settings."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... By default a GPU where there is one."""
     threads: int | None = None
     """CPU threads. By default what PyTorch takes."""
 
@@ -138,62 +139,32 @@ def _set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-@contextlib.contextmanager
-def _bar(*columns: str) -> Iterator[Any]:
-    """A progress bar on stderr with rate and remaining time, on a terminal; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *(TextColumn(column) for column in columns),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        yield progress
-
-
 def _train(command: Train, name: str) -> None:
     if command.dry_run:
-        print(json.dumps({"preset": name, **to_dict(command.config)}, indent=2))
+        print(json.dumps({"preset": name, "config": to_dict(command.config)}, indent=2))
         return
     if command.out is None:
-        raise UserError("nelbo train needs --out RUN, the folder of the run")
+        raise UserError("train needs --out RUN, the folder of the run")
     if command.init_optimizer and command.init_from is None:
         raise UserError("--init-optimizer needs --init-from RUN_OR_CHECKPOINT")
     _set_threads(command.threads)
     from nelbo import training
+    from nelbo.progress import Progress
 
     total = command.config.training.steps
-    with _bar("{task.fields[figures]}") as progress:
-        task = progress.add_task("training", total=total, figures="")
+    with Progress() as progress:
 
         def show(step: int, bits: float, rate: float) -> None:
-            progress.update(task, completed=step, figures=f"{bits:.3f} bits/dim, {rate:,.0f} images/s")
-            if progress.disable:
-                print(f"step {step}/{total}: {bits:.3f} bits/dim, {rate:,.0f} images/s", flush=True)
+            progress.update("training", step, total, "" if bits != bits else f"{bits:.3f} bits/dim", rate)
 
-        try:
-            training.train(
-                command.config,
-                command.out,
-                preset=name,
-                init_from=command.init_from,
-                init_optimizer=command.init_optimizer,
-                say=lambda line: progress.console.print(line, highlight=False) if not progress.disable else print(line),
-                show=show,
-            )
-        except training.Stopped as stopped:
-            progress.stop()
-            print(stopped, file=sys.stderr)
-            raise SystemExit(stopped.status) from None
+        training.train(
+            command.config,
+            command.out,
+            preset=name,
+            init_from=command.init_from,
+            init_optimizer=command.init_optimizer,
+            show=show,
+        )
 
 
 def _evaluate(command: Evaluate) -> None:
@@ -202,18 +173,18 @@ def _evaluate(command: Evaluate) -> None:
     _set_threads(command.threads)
     from nelbo import evaluation
     from nelbo.checkpoints import write_aside
+    from nelbo.devices import choose_device
+    from nelbo.progress import Progress
 
     names = {f.name for f in dataclasses.fields(evaluation.Settings)}
     settings = evaluation.Settings(**{k: v for k, v in vars(command).items() if k in names})
-    with _bar("{task.fields[bits]} bits/dim") as progress:
-        tasks: dict[str, Any] = {}
+    device = choose_device(command.device)
+    with Progress() as progress:
 
         def seen(run: str, done: int, images: int, bits: float) -> None:
-            if run not in tasks:
-                tasks[run] = progress.add_task(run, total=images, bits="")
-            progress.update(tasks[run], completed=done, bits=f"{bits:.4f}")
+            progress.update(run, done, images, f"{bits:.4f} bits/dim" if done else "")
 
-        found = evaluation.evaluate(command.run, settings, compare=command.compare, progress=seen)
+        found = evaluation.evaluate(command.run, settings, compare=command.compare, device=device, progress=seen)
     if command.per_image is not None:
         write_aside(command.per_image, evaluation.per_image_csv(found.result))
     _print_evaluation(command, found)
@@ -256,18 +227,27 @@ def _sample(command: Sample) -> None:
     for name in ("count", "steps", "batch"):
         if getattr(command, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(command, name)}")
-    if command.trajectory < 0 or command.seed < 0:
-        raise UserError(f"--trajectory and --seed must be 0 or more, got {command.trajectory} and {command.seed}")
+    if not 0 <= command.seed < 2**64 or command.trajectory < 0:
+        raise UserError(
+            "--seed must lie in 0 .. 2^64 - 1 and --trajectory be 0 or more, "
+            f"got {command.seed} and {command.trajectory}"
+        )
     _set_threads(command.threads)
     from nelbo import checkpoints, sampling
+    from nelbo.devices import choose_device
+    from nelbo.progress import Progress
 
     step = checkpoints.read_checkpoint(command.run, command.checkpoint).step
-    model = checkpoints.load_model(command.run, command.checkpoint, command.weights)
-    with _bar() as progress:
-        task = progress.add_task("sampling", total=command.count)
+    device = choose_device(command.device)
+    model = checkpoints.load_model(command.run, command.checkpoint, command.weights, device)
+    name = f"step-{step}-{command.method}-{command.steps}-seed{command.seed}-{command.count}"
+    for word, chosen in (("clip", command.clip), (command.decoding, command.decoding != "argmax"),
+                         (command.weights, command.weights != "ema")):  # fmt: skip
+        name += f"-{word}" if chosen else ""
+    with Progress() as progress:
         paths = sampling.sample_to_files(
             model,
-            command.out or command.run / "samples" / f"step-{step}-{command.method}-{command.steps}-seed{command.seed}",
+            command.out or command.run / "samples" / name,
             count=command.count,
             steps=command.steps,
             clip=command.clip,
@@ -275,7 +255,7 @@ def _sample(command: Sample) -> None:
             seed=command.seed,
             batch=command.batch,
             shown=command.trajectory,
-            progress=lambda done: progress.update(task, completed=done),
+            progress=lambda done: progress.update("sampling", done, command.count),
         )
     print("written: " + ", ".join(map(str, paths)))
 
@@ -284,7 +264,7 @@ def _report(command: Report) -> None:
     from nelbo.report import write_report
 
     if not command.runs:
-        raise UserError("nelbo report needs at least one run folder")
+        raise UserError("report needs at least one run folder")
     out = command.out or command.runs[0] / "report.html"
     print(f"written: {write_report(list(command.runs), out, command.checkpoint)}")
 
@@ -313,54 +293,6 @@ def _help() -> str:
     )
 
 
-def _one_line(message: str, arguments: list[str], options: list[str]) -> str:
-    """tyro's boxed message as one line: the rule, the value given, the choices."""
-    lines = [line.strip(" │|") for line in re.sub(r"\x1b\[[0-9;]*m", "", message).splitlines()]
-    body = " ".join(line for line in lines[1:] if line and not set(line) <= set("-─╭╮╰╯━"))
-    text = body.split(" Argument helptext:")[0].split(" For full helptext")[0].rstrip(". ")
-    if text.startswith("Unrecognized options"):
-        known = {*options, *(option.replace("_", "-") for option in options)}
-        given = [a.split("=")[0] for a in arguments if a.startswith("--")]
-        unknown = [a for a in given if a.replace("_", "-") not in known]
-        if not unknown:
-            return text.replace("Unrecognized options", "more values than the options take")
-        near = difflib.get_close_matches(unknown[0], sorted(options), 3, 0.5)
-        return f"unknown option {unknown[0]}" + (f"; did you mean {' or '.join(near)}" if near else "")
-    if missing := re.match(r"Missing from [^:]*: (\S+)", text):
-        return f"{missing[1]} is missing"
-    text = re.sub(r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)", r"\1 must be a whole number, got \2", text)
-    return re.sub(r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 must be a number, got \2", text)
-
-
-def _options(cls: type, where: str = "--") -> list[str]:
-    """Every option of a verb as it is spelled on the command line."""
-    names = []
-    for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            names += _options(typing.cast(type, hint), "--" if hint is Config else f"{where}{name}.")
-        else:
-            names.append(where + name.replace("_", "-"))
-    return names
-
-
-def _parse(cls: type, arguments: list[str], verb: str, default: Any = None) -> Any:
-    """The arguments of a verb; UserError in one line where they are wrong."""
-    if {"-h", "--help"} & set(arguments):
-        tyro.cli(cls, args=["--help"], prog=f"nelbo {verb}", default=default)
-    caught, width = io.StringIO(), os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"  # so that tyro does not break lines
-    try:
-        with contextlib.redirect_stderr(caught), contextlib.redirect_stdout(caught):
-            return tyro.cli(cls, args=arguments, prog=f"nelbo {verb}", default=default)
-    except SystemExit:
-        message = _one_line(caught.getvalue(), arguments, _options(cls))
-        raise UserError(f"{message}; see `nelbo {verb} --help`") from None
-    finally:
-        os.environ.pop("COLUMNS")
-        if width is not None:
-            os.environ["COLUMNS"] = width
-
-
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "evaluate": (Evaluate, _evaluate),
     "sample": (Sample, _sample),
@@ -377,35 +309,45 @@ def run(arguments: list[str]) -> None:
         print(nelbo.__version__)
     elif verb == "presets":
         if rest and rest[0] not in ("-h", "--help"):
-            raise UserError(f"nelbo presets takes no arguments, got {rest[0]!r}")
+            raise UserError(f"presets takes no arguments, got {rest[0]!r}")
         _presets()
     elif verb == "train":
         if rest and rest[0] in ("-h", "--help"):
             print("usage: nelbo train PRESET --out RUN [--dry-run] [--field value]\n")
             rest = ["mulan-digits", "--help"]
         if not rest or rest[0].startswith("-"):
-            raise UserError(f"nelbo train needs a preset first; the choices are {', '.join(presets.PRESETS)}")
+            raise UserError(f"train needs a preset first; the choices are {', '.join(presets.PRESETS)}")
         name, *rest = rest
         default = Train(config=presets.preset(name))
-        _train(_parse(Train, rest, f"train {name}", default), name)
+        _train(parse(Train, rest, f"train {name}", default), name)
     elif verb in VERBS:
         cls, carry_out = VERBS[verb]
-        carry_out(_parse(cls, rest, verb))
+        carry_out(parse(cls, rest, verb))
     else:
         raise UserError(f"unknown verb {verb!r}; the choices are presets, train, {', '.join(VERBS)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The ``nelbo`` command: 0, or 2 with one line on stderr for a user's mistake."""
+    """The ``nelbo`` command: 0; 2 with one line on stderr for a mistake; 128 + its number where a signal stopped it."""
     try:
         run(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
-        print(f"nelbo: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    except (UserError, Stopped) as error:
+        message, status = str(error), error.status if isinstance(error, Stopped) else 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except OSError as error:
+        message, status = f"{error.filename or 'the system'}: {error.strerror or error}", 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        lines = str(error).splitlines() or ["out of memory"]
+        message, status = f"{lines[0]}: out of memory; try a smaller batch, or training.accumulate above 1", 2
+    print(f"nelbo: {' '.join(message.split())}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ single fields. This module imports no torch, so that help and ``--dry-run`` answ
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -219,6 +220,10 @@ def check(config: Config) -> None:
         group, name = path.split(".")
         return getattr(getattr(config, group), name)
 
+    for name, number in _flatten(dataclasses.asdict(config)).items():
+        for n in number if isinstance(number, tuple) else (number,):
+            if isinstance(n, float) and not math.isfinite(n):
+                raise UserError(f"{name} must be finite, got {n}")
     for path in POSITIVE:
         if value(path) is not None and not value(path) > 0:
             raise UserError(f"{path} must be above 0, got {value(path)}")
@@ -229,11 +234,11 @@ def check(config: Config) -> None:
         if not 0 <= value(path) < 1:
             raise UserError(f"{path} must lie in [0, 1), got {value(path)}")
     network, latent, schedule, training = config.network, config.latent, config.schedule, config.training
-    if network.channels % 2:
-        raise UserError(f"network.channels must be even (sines and cosines of time), got {network.channels}")
-    if network.channels < 4:
-        raise UserError(f"network.channels must be at least 4, got {network.channels}")
+    if not training.seed < 2**64:
+        raise UserError(f"training.seed must lie below 2^64, got {training.seed}")
     for name, channels in (("network", network.channels), ("encoder", config.encoder.channels or network.channels)):
+        if channels % 2 or channels < 4:
+            raise UserError(f"{name}.channels must be even and at least 4 (sines and cosines of time), got {channels}")
         if channels % network.groups:
             raise UserError(f"network.groups must divide {name}.channels = {channels}, got {network.groups}")
     if network.groups == network.channels:
@@ -248,22 +253,29 @@ def check(config: Config) -> None:
     if config.data.augment != "none" and not network.flag:
         raise UserError(f"data.augment = {config.data.augment} needs network.flag = True, which tells the network")
     if schedule.gamma_min is not None and schedule.gamma_min >= schedule.gamma_max:
-        raise UserError(f"schedule.gamma_min must lie below schedule.gamma_max = {schedule.gamma_max}, "
-                        f"got {schedule.gamma_min}")
+        raise UserError(
+            f"schedule.gamma_min must lie below schedule.gamma_max = {schedule.gamma_max}, got {schedule.gamma_min}"
+        )
     if schedule.ends == "free" and schedule.kind not in ("monotone", "pixel-monotone"):
         raise UserError(f"schedule.ends = free needs schedule.kind monotone or pixel-monotone, got {schedule.kind}")
     if config.objective.minimise_variance and (schedule.kind, schedule.ends) not in (
         ("monotone", "fixed"),
         ("monotone", "learned"),
     ):
-        raise UserError("objective.minimise_variance needs schedule.kind = monotone with fixed or learned ends, "
-                        f"got {schedule.kind} with {schedule.ends} ends")
+        raise UserError(
+            "objective.minimise_variance needs schedule.kind = monotone with fixed or learned ends, "
+            f"got {schedule.kind} with {schedule.ends} ends"
+        )
     if latent.kind == "image" and (config.parameterization != "data" or not config.objective.steps):
-        raise UserError("latent.kind = image needs parameterization = data and objective.steps above 0 (the schedule "
-                        f"reads x_hat), got {config.parameterization} and {config.objective.steps}")
+        raise UserError(
+            "latent.kind = image needs parameterization = data and objective.steps above 0 (the schedule "
+            f"reads x_hat), got {config.parameterization} and {config.objective.steps}"
+        )
     if latent.kind == "image" and schedule.kind not in ("polynomial", "scalar-polynomial", "pixel-monotone"):
-        raise UserError("latent.kind = image needs a schedule that reads c (polynomial, scalar-polynomial, "
-                        f"pixel-monotone), got {schedule.kind}")
+        raise UserError(
+            "latent.kind = image needs a schedule that reads c (polynomial, scalar-polynomial, "
+            f"pixel-monotone), got {schedule.kind}"
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

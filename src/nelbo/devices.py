@@ -25,7 +25,7 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def full_float32() -> contextlib.AbstractContextManager[Any]:
-    """Inside, a GPU's convolutions keep all 24 bits of float32 (torch lets them drop 13 otherwise) and repeat exactly."""
+    """Inside, a GPU's convolutions keep all 24 bits of float32 (torch lets them drop 13), and repeat exactly."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 

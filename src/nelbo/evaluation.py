@@ -5,7 +5,7 @@ import io
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,12 @@ import numpy as np
 
 from nelbo import checkpoints, likelihood
 from nelbo.data import Dataset, baselines, load
+from nelbo.devices import full_float32, versions
 from nelbo.errors import UserError
+from nelbo.latents import Label
 from nelbo.likelihood import BitsPerDim, Estimate
+from nelbo.model import DiffusionModel
+from nelbo.report import latent_use
 
 __all__ = ["Evaluation", "Settings", "evaluate", "per_image_csv", "time_bins"]
 
@@ -72,22 +76,15 @@ def per_image_csv(result: BitsPerDim) -> str:
     writer.writerow(["index", "bits_per_dim", *names, "standard_error"])
     columns = [result.per_image, *(result.per_image_terms[n] for n in names), result.per_image_error]
     for index, *row in zip(result.index, *columns, strict=True):
-        writer.writerow([int(index), *(f"{value:.6f}" for value in row)])
+        writer.writerow([int(index), *(f"{value:.9f}" for value in row)])
     return text.getvalue()
 
 
 def _chosen(run: Path, settings: Settings) -> tuple[Dataset, np.ndarray, np.ndarray | None]:
-    """The data set, and the images and labels to evaluate; they must be of the shape that the run was trained on."""
-    data = checkpoints.read_run(run)["data"]
-    source = settings.data or checkpoints.read_run(run)["config"]["data"]["source"]
-    dataset = load(source)
+    """The data set, and the images and labels to evaluate."""
+    dataset = load(settings.data or checkpoints.read_run(run)["config"]["data"]["source"])
     if settings.split not in dataset.images:
         raise UserError(f"--split must be one of {', '.join(dataset.images)}, got {settings.split!r}")
-    if list(dataset.shape) != data["shape"] or dataset.levels != data["levels"]:
-        raise UserError(
-            f"{run} models images of {'x'.join(map(str, data['shape']))} with {data['levels']} levels; {dataset.name} has "
-            f"{'x'.join(map(str, dataset.shape))} with {dataset.levels}"
-        )
     images = dataset.images[settings.split]
     labels = None if dataset.labels is None else dataset.labels[settings.split]
     if settings.images is not None:
@@ -95,6 +92,35 @@ def _chosen(run: Path, settings: Settings) -> tuple[Dataset, np.ndarray, np.ndar
             raise UserError(f"--images must lie in 1 .. {len(images)} for this split, got {settings.images}")
         images, labels = images[: settings.images], None if labels is None else labels[: settings.images]
     return dataset, images, labels
+
+
+def _load_for(run: Path, settings: Settings, dataset: Dataset, device: Any) -> tuple[DiffusionModel, int]:
+    """The model of a run, which must be of the data's shape, and the T of its bound."""
+    record = checkpoints.read_run(run)
+    data, shape = record["data"], list(dataset.shape)
+    if (data["shape"], data["levels"]) != (shape, dataset.levels):
+        raise UserError(
+            f"{run} models images of {'x'.join(map(str, data['shape']))} with {data['levels']} levels; "
+            f"{dataset.name} has {'x'.join(map(str, shape))} with {dataset.levels}"
+        )
+    model = checkpoints.load_model(run, settings.checkpoint, settings.weights, device)
+    steps = record["config"]["objective"]["steps"] if settings.steps is None else settings.steps
+    if model.schedule_reads_image and not steps:
+        raise UserError("a schedule that reads the image has a bound at finite T only: give --steps above 0")
+    if isinstance(model.latent, Label):
+        if dataset.labels is None:
+            raise UserError(f"{run} is conditioned on class labels, and {dataset.name} has none")
+        if dataset.classes > model.latent.size:
+            raise UserError(f"{run} knows {model.latent.size} classes, and {dataset.name} has {dataset.classes}")
+    return model, steps
+
+
+def _baselines(dataset: Dataset, run: Path, split: str) -> list[dict[str, Any]]:
+    """The classical references on the whole split; none where a data set is too small for them."""
+    try:
+        return [asdict(b) for b in baselines(dataset, split, run / "evaluations" / ".baselines.json")]
+    except UserError:
+        return []
 
 
 def evaluate(
@@ -108,49 +134,44 @@ def evaluate(
     """The bound of a run on a whole split; writes RUN/evaluations/*.json and the per-image figures beside it.
 
     ``compare``: another run, evaluated on the same images with the same draws. ``progress(run, images done, images,
-    bits/dim)``.
+    bits/dim)`` is called at the start, with nan, and as it runs.
     """
     run, begun = Path(run), time.perf_counter()
     for name in ("times", "shifts", "batch"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(settings, name)}")
-    if settings.seed < 0 or (settings.steps is not None and settings.steps < 0):
-        raise UserError(f"--seed and --steps must be 0 or more, got {settings.seed} and {settings.steps}")
+    if not 0 <= settings.seed < 2**64:
+        raise UserError(f"--seed must lie in 0 .. 2^64 - 1, got {settings.seed}")
+    if settings.steps is not None and settings.steps < 0:
+        raise UserError(f"--steps must be 0 or more, got {settings.steps}")
     dataset, images, labels = _chosen(run, settings)
-
-    def bound(which: Path) -> BitsPerDim:
-        record = checkpoints.read_run(which)
-        if (record["data"]["shape"], record["data"]["levels"]) != (list(dataset.shape), dataset.levels):
-            raise UserError(f"{which} models images of another shape or number of levels than {dataset.name}")
-        model = checkpoints.load_model(which, settings.checkpoint, settings.weights, device)
-        trained_steps = record["config"]["objective"]["steps"]
-        steps = trained_steps if settings.steps is None else settings.steps
-        if model.schedule_reads_image and not steps:
-            raise UserError("a schedule that reads the image has a bound at finite T only: give --steps above 0")
-        if labels is None and model.latent is not None and model.encoder is None:
-            raise UserError(f"{which} is conditioned on class labels, and {dataset.name} has none")
-        seen = None if progress is None else lambda done, bits: progress(str(which), done, len(images), bits)
-        return likelihood.vlb(
-            model,
-            images,
-            labels=labels,
-            times_per_shift=settings.times,
-            shifts=settings.shifts,
-            steps=steps,
-            seed=settings.seed,
-            batch=settings.batch,
-            progress=seen,
-        )
-
-    from nelbo.report import latent_use
-    from nelbo.training import versions
-
-    (run / "evaluations").mkdir(exist_ok=True)
-    result = bound(run)
-    compared = bound(Path(compare)) if compare is not None else None
-    difference = likelihood.compare(result, compared) if compared is not None else None
+    model, steps = _load_for(run, settings, dataset, device)
     checkpoint = checkpoints.read_checkpoint(run, settings.checkpoint)
-    model = checkpoints.load_model(run, settings.checkpoint, settings.weights, device)
+    other = None if compare is None else _load_for(Path(compare), settings, dataset, device)
+    (run / "evaluations").mkdir(exist_ok=True)
+
+    def bound(which: str, model: DiffusionModel, steps: int) -> BitsPerDim:
+        def seen(done: int, bits: float) -> None:
+            if progress is not None:
+                progress(which, done, len(images), bits)
+
+        seen(0, math.nan)
+        with full_float32():
+            return likelihood.vlb(
+                model,
+                images,
+                labels=labels,
+                times_per_shift=settings.times,
+                shifts=settings.shifts,
+                steps=steps,
+                seed=settings.seed,
+                batch=settings.batch,
+                progress=seen,
+            )
+
+    result = bound(str(run), model, steps)
+    compared = None if other is None else bound(str(compare), *other)
+    difference = None if compared is None else likelihood.compare(result, compared)
     record = {
         "bits_per_dim": _table(result.value),
         "as_published": _table(result.as_published),
@@ -163,31 +184,28 @@ def evaluate(
         "weights": settings.weights,
         "settings": result.settings,
         "by_time": time_bins(result),
-        "latent_use": None if model.latent is None else latent_use(model, images, labels),
-        "baselines": [
-            {
-                "name": b.name,
-                "bits_per_dim": b.bits_per_dim,
-                "standard_error": b.standard_error,
-                "note": b.note,
-            }
-            for b in baselines(dataset, settings.split, run / "evaluations" / ".baselines.json")
-        ],
+        "latent_use": latent_use(model, images, labels) if len(images) > 1 else None,
+        "baselines": _baselines(dataset, run, settings.split),
         "comparison": None
         if compared is None
         else {"run": str(compare), "bits_per_dim": _table(compared.value), "difference": _table(difference)},
         "versions": versions(),
         "seconds": time.perf_counter() - begun,
     }
-    s = result.settings
-    name = f"{settings.split}-{settings.checkpoint}-{settings.weights}-vlb-{s['times_per_shift']}x{s['shifts']}"
-    name += f"-T{s['steps']}" if s["steps"] else ""
-    name += f"-seed{settings.seed}" if settings.seed else ""
-    name += f"-{len(images)}" if settings.images is not None else ""
-    name += f"-{dataset.version}" if settings.data is not None else ""
-    path = run / "evaluations" / f"{name}.json"
+    path = run / "evaluations" / f"{_name(settings, steps, dataset)}.json"
     arrays = io.BytesIO()
-    np.savez_compressed(arrays, index=result.index, bits_per_dim=result.per_image, standard_error=result.per_image_error)
+    np.savez_compressed(
+        arrays, index=result.index, bits_per_dim=result.per_image, standard_error=result.per_image_error
+    )
     checkpoints.write_aside(path.with_suffix(".npz"), arrays.getvalue())
     checkpoints.write_json(path, record)
     return Evaluation(result, record, path, compared, difference)
+
+
+def _name(settings: Settings, steps: int, dataset: Dataset) -> str:
+    """A file name that says what differs from one evaluation of a run to another."""
+    name = f"{settings.split}-{settings.checkpoint}-{settings.weights}-vlb-{settings.times}x{settings.shifts}"
+    name += f"-T{steps}" if steps else ""
+    name += f"-seed{settings.seed}" if settings.seed else ""
+    name += f"-{settings.images}" if settings.images is not None else ""
+    return name + (f"-{dataset.name}-{dataset.version}" if settings.data is not None else "")

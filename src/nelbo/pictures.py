@@ -58,7 +58,7 @@ def save_samples(
     if trajectory is not None and moments is not None:
         arrays |= {"trajectory": trajectory, "trajectory_t": moments}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, **arrays)
     files = [(stem.with_name(stem.name + ".npz"), buffer.getvalue())]
     files.append((stem.with_name(stem.name + ".png"), _png(grid(images, levels))))
     if trajectory is not None:

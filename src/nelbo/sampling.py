@@ -39,6 +39,8 @@ def sample_to_files(
             trajectory.append(levels.to(torch.uint8).cpu().numpy())
 
     images = []
+    if progress is not None:
+        progress(0)
     for first in range(0, count, batch):
         size = min(batch, count - first)
         drawn = samplers.sample(

@@ -11,10 +11,9 @@ import contextlib
 import copy
 import math
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nelbo import checkpoints, likelihood, pictures, pixels, samplers, times
-from nelbo.build import build_model, noise_parameters
+from nelbo.compose import build_model, noise_parameters
 from nelbo.config import Config, refuse_changes, to_dict
 from nelbo.data import Batches, Dataset, load
 from nelbo.data.loader import Batch
@@ -36,19 +35,11 @@ from nelbo.memory import memory_estimate
 from nelbo.model import DiffusionModel
 from nelbo.objectives import Terms
 from nelbo.optimizers import learning_rate_factor, parameter_groups, update_ema
+from nelbo.stopping import Stopped, listen
 
-__all__ = ["Stopped", "train"]
+__all__ = ["train"]
 
 TERMS = ("prior", "reconstruction", "diffusion", "latent", "valid_latent")
-
-
-class Stopped(Exception):
-    """The run was asked to stop by a signal, and saved."""
-
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}, saved; "
-                         "the same command continues")
-        self.status = 128 + signal_number
 
 
 class Loss(nn.Module):
@@ -209,9 +200,10 @@ class Trainer:
                 self.accelerator.backward(pixels.bits_per_dim(mean, self.model.dimensions))
             sums += torch.stack([getattr(terms, name).detach().sum() for name in TERMS])
         sums = self.accelerator.reduce(sums, "sum") / training.batch
-        parameters = list(self.model.parameters())
+        parameters: list[Tensor] = list(self.model.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        figures = dict(zip(TERMS, pixels.bits_per_dim(sums, self.model.dimensions).tolist(), strict=True))
+        bits = (float(pixels.bits_per_dim(value, self.model.dimensions)) for value in sums.tolist())
+        figures = dict(zip(TERMS, bits, strict=True))
         figures["gradient_norm"] = float(norm)
         self.check_finite(figures)
         if config.optimizer.clip:
@@ -287,26 +279,6 @@ class Trainer:
         pictures.save_samples(self.run / "samples" / checkpoints.checkpoint_name(self.step), drawn, self.data.levels)
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals that asked to stop, as they come; a second one acts at once. Only the main thread may listen."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def remember(number: int, _: Any) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _check_same(config: Config, data: Dataset, init: dict[str, Any] | None, run: Path, record: dict[str, Any]) -> None:
     """Refuse, by name, a change that would alter the trajectory of a run that is continued."""
     refuse_changes(record["config"], config, str(run))
@@ -346,8 +318,8 @@ def train(
     """Train, or continue, the run in folder ``run`` until training.steps; returns the folder.
 
     ``init_from``: a run or a checkpoint folder whose weights a new run starts from, with ``init_optimizer`` its moments
-    too. ``say`` gets lines for people; ``show(step, bits/dim, images/s)`` is called after every step with means over
-    the last ones.
+    too. ``say`` gets lines for people; ``show(step, bits/dim, images/s)`` is called at the start and after every step,
+    with means over the last ones. Raises ``Stopped`` where a signal asked for it.
     """
     run, training = Path(run), config.training
     record, kept = _read_folder(run), checkpoints.list_checkpoints(run)
@@ -376,8 +348,7 @@ def train(
         }
         if main:
             run.mkdir(parents=True, exist_ok=True)
-    if not main:
-        say = str  # silent
+    say = say if main else lambda line: None
     with contextlib.ExitStack() as stack:
         log = None
         if main:
@@ -391,7 +362,7 @@ def train(
             log = stack.enter_context(contextlib.closing(Log(run, trainer.step)))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         _announce(trainer, record, say)
-        _loop(trainer, log, stack.enter_context(_signals()), say, show)
+        _loop(trainer, log, stack.enter_context(listen()), say, show)
     return run
 
 
@@ -423,6 +394,8 @@ def _loop(
     training = trainer.config.training
     begun = time.perf_counter() - trainer.seconds
     recent: deque[tuple[float, float]] = deque(maxlen=20)  # bits/dim and seconds of the last steps
+    if log is not None and show is not None:
+        show(trainer.step, math.nan, math.nan)
 
     def due(every: int) -> bool:
         """Whether a multiple of ``every`` images was reached in this step."""

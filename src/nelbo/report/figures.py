@@ -34,9 +34,11 @@ INTERVAL = 1.96
 INK, MUTED, LINE = "#23262d", "#6a707c", "#dfe2e8"
 RUN_COLOURS = ("#2f6fb7", "#c8553d", "#3c8d5a", "#8a5fb0", "#b5892e", "#2b97a3", "#b8487f", "#66707f")
 TERM_COLOURS = {"prior": "#9aa7b8", "reconstruction": "#d9a441", "diffusion": "#4b7fb5", "latent": "#c4605a"}
+DRAW_COLOURS = ("#1b8f7e", "#d9730d", "#7a5cc0")
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line"}
 VARIABLES |= {colour: f"run-{i}" for i, colour in enumerate(RUN_COLOURS)}
 VARIABLES |= {colour: f"term-{name}" for name, colour in TERM_COLOURS.items()}
+VARIABLES |= {colour: f"draw-{i}" for i, colour in enumerate(DRAW_COLOURS)}
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": INK,
@@ -102,8 +104,8 @@ def _inline(svg: str, label: str) -> Markup:
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view is not None
     svg = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<[^>]*>", _tag, svg)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<[^>]*>", _tag, re.sub(r"\s+", " ", svg).replace("> <", "><"))
     return Markup(f'<svg class="plot" {view[0]} role="img" aria-label="{escape(label)}">{svg}')
 
 
@@ -144,7 +146,12 @@ def dots(rows: Sequence[Row], baselines: Sequence[tuple[str, Baseline]], label: 
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.06)
-        axes.set_xlabel("bits/dim (lower is better)")
+        values = [value.mean for _, value, *_ in rows] + [b.value.mean for _, b in baselines]
+        wide = min(values) > 0 and max(values) > 4 * min(values)
+        if wide:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("bits/dim, doubling (lower is better)" if wide else "bits/dim (lower is better)")
 
     return _draw(paint, label, height=0.75 + 0.26 * (len(rows) + len(baselines)))
 
@@ -226,12 +233,14 @@ def latent_cost(runs: Sequence[Run], label: str) -> Markup:
     return _draw(paint, label)
 
 
-def stacked_terms(rows: Sequence[tuple[str, dict[str, float]]], label: str) -> Markup:
-    """One bar a row, its four terms end to end."""
+def stacked_terms(rows: Sequence[tuple[str, dict[str, float]]], without: Sequence[str], label: str) -> Markup:
+    """One bar a row, its terms end to end, leaving out those of ``without``."""
 
     def paint(axes: Any) -> None:
         left = np.zeros(len(rows))
         for name, colour in TERM_COLOURS.items():
+            if name in without:
+                continue
             widths = np.array([max(terms[name], 0.0) for _, terms in rows])
             axes.barh(range(len(rows)), widths, left=left, height=0.62, color=colour, label=name)
             left = left + widths
@@ -286,7 +295,7 @@ def schedule_change(t: np.ndarray, change: np.ndarray, label: str) -> Markup:
         axes.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         for draw, lines in enumerate(change):
             alpha = 0.5 if lines.shape[1] > 1 else 1.0
-            drawn = axes.plot(t, lines, color=_colour(draw), linewidth=0.8, alpha=alpha)
+            drawn = axes.plot(t, lines, color=DRAW_COLOURS[draw], linewidth=0.8, alpha=alpha)
             if len(change) > 1:
                 drawn[0].set_label(f"draw {draw + 1} of c")
         axes.set_xlim(0, 1)
@@ -298,17 +307,15 @@ def schedule_change(t: np.ndarray, change: np.ndarray, label: str) -> Markup:
     return _draw(paint, label)
 
 
-def schedule_spread(t: np.ndarray, spread: np.ndarray, number: int, threshold: float, label: str) -> Markup:
+def schedule_spread(t: np.ndarray, spread: np.ndarray, number: int, label: str) -> Markup:
     """Standard deviation of gamma over draws of c, a line a pixel: t (S,), spread (S, P); the paper's Figure 3."""
 
     def paint(axes: Any) -> None:
         axes.plot(t, spread, color=_colour(number), linewidth=0.8, alpha=0.5 if spread.shape[1] > 1 else 1.0)
-        axes.axhline(threshold, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=f"{threshold:g} nats")
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("t  (0: image, 1: noise)")
         axes.set_ylabel("std of γ over c, nats")
-        axes.legend(loc="upper right")
 
     return _draw(paint, label)
 

@@ -32,29 +32,27 @@ def _eight_bits(images: np.ndarray, levels: int) -> np.ndarray:
     return np.moveaxis(values.astype(np.uint8), -3, -1)
 
 
-def _mosaic(cells: np.ndarray, width: int) -> str:
-    """(rows, columns, H, W, 1 or 3) with transparent gaps."""
-    rows, columns, high, wide, channels = cells.shape
+def _mosaic(cells: np.ndarray, columns: int, width: int) -> str:
+    """(N, H, W, 1 or 3) in rows of ``columns``, with transparent gaps and rest."""
+    count, high, wide, channels = cells.shape
+    rows = math.ceil(count / columns)
     sheet = np.zeros((rows * (high + GAP) - GAP, columns * (wide + GAP) - GAP, channels + 1), np.uint8)
-    for r in range(rows):
-        for c in range(columns):
-            top, left = r * (high + GAP), c * (wide + GAP)
-            sheet[top : top + high, left : left + wide, :channels] = cells[r, c]
-            sheet[top : top + high, left : left + wide, channels] = 255
+    for i, cell in enumerate(cells):
+        top, left = i // columns * (high + GAP), i % columns * (wide + GAP)
+        sheet[top : top + high, left : left + wide, :channels] = cell
+        sheet[top : top + high, left : left + wide, channels] = 255
     return _uri(_enlarged(Image.fromarray(sheet, "LA" if channels == 1 else "RGBA"), width))
 
 
 def grid(images: np.ndarray, levels: int, width: int = 420) -> str:
-    """Images (N, C, H, W) in a square-ish grid, as a data URI; the last row may be short and is then left out."""
-    columns = math.isqrt(len(images)) if math.isqrt(len(images)) ** 2 == len(images) else min(8, len(images))
-    rows = len(images) // columns
-    cells = _eight_bits(images[: rows * columns], levels)
-    return _mosaic(cells.reshape(rows, columns, *cells.shape[1:]), width)
+    """Images (N, C, H, W) in an about square grid, as a data URI."""
+    return _mosaic(_eight_bits(images, levels), math.ceil(math.sqrt(len(images))), width)
 
 
 def strip(trajectory: np.ndarray, levels: int, width: int = 640) -> str:
     """A trajectory (S, K, C, H, W) as K rows from noise to image, as a data URI."""
-    return _mosaic(np.swapaxes(_eight_bits(trajectory, levels), 0, 1), width)
+    cells = np.swapaxes(_eight_bits(trajectory, levels), 0, 1)
+    return _mosaic(cells.reshape(-1, *cells.shape[2:]), len(trajectory), width)
 
 
 def heat(values: np.ndarray, low: float, high: float, colours: str) -> str:

@@ -234,8 +234,10 @@ def _terms(group: Group) -> Block:
             rows.append((f"{run.name}, as published", terms))
     if rows:
         words = "; ".join(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in terms.items()) for name, terms in rows)
-        svg = figures.stacked_terms(rows, f"Stacked bars of the four terms in bits/dim. {words}.")
+        svg = figures.stacked_terms(rows, (), f"Stacked bars of the four terms in bits/dim. {words}.")
         block.figures.append(Figure("The terms, end to end.", svg))
+        svg = figures.stacked_terms(rows, ("diffusion",), "The same bars without the diffusion term.")
+        block.figures.append(Figure("The three small ones alone, enlarged.", svg))
         block.tables.append(tables.terms_table(group))
     _missing_evaluations(block, group)
     return block
@@ -331,7 +333,6 @@ def _schedules(runs: Sequence[Run], models: Sequence[Any], sources: _Sources) ->
 
 def _schedule_figures(block: Block, run: Run, view: Any, image: bool) -> None:
     from nelbo.report import figures, images
-    from nelbo.report.schedules import SPREAD_RULE
 
     pixels, source = view.gamma.shape[2], "real images (c = x)" if image else "draws of c from its prior"
     what = f"{pixels} of {run.dimensions} entries" if pixels < run.dimensions else f"all {pixels} entries"
@@ -343,7 +344,8 @@ def _schedule_figures(block: Block, run: Run, view: Any, image: bool) -> None:
     svg = figures.schedule_lines(view.t, lines, view.linear, run.number, label)
     block.figures.append(Figure(f"log SNR = −γ: {what}{', one draw of c' if view.draws > 1 else ''}.", svg))
     change = -(view.gamma - view.linear[:, None])
-    change = change[:, :, ::2] if view.per_pixel else change[:, :, :1]
+    order = change[:, len(view.t) // 2].mean(0).argsort()  # some pixels from the least to the most changed
+    change = change[:, :, order[np.unique(np.linspace(0, len(order) - 1, 24).astype(int))] if view.per_pixel else [0]]
     label = f"log SNR minus the linear schedule for {run.name}; the largest difference is {largest:.3f} nats."
     caption = f"The same minus the straight line; largest difference {largest:.3f} nats."
     if view.draws > 1:
@@ -353,7 +355,7 @@ def _schedule_figures(block: Block, run: Run, view: Any, image: bool) -> None:
         most = float(view.spread.max())
         label = f"Standard deviation of gamma over {view.draws} {source}, at most {most:.3g} nats."
         spread = view.spread if view.per_pixel else view.spread[:, :1]
-        svg = figures.schedule_spread(view.t, spread, run.number, SPREAD_RULE, label)
+        svg = figures.schedule_spread(view.t, spread, run.number, label)
         caption = f"Spread of γ over {view.draws} {source}, a line a pixel (MuLAN's Figure 3); at most {most:.3g} nats."
         block.figures.append(Figure(caption, svg))
     if not view.per_pixel:

@@ -305,7 +305,7 @@ def _evaluation(file: Path) -> Evaluation:
         weights=_entry(values, "weights", str, file),
         settings=_entry(values, "settings", dict, file),
         by_time=by_time,
-        latent_use=use if isinstance(use, dict) and "between_images" in use else None,
+        latent_use=use if isinstance(use, dict) and "chance" in use else None,
         baselines=baselines,
         seconds=_entry(values, "seconds", float, file),
         per_image=_per_image(file.with_suffix(".npz")),

@@ -146,10 +146,15 @@ def provenance(e: Evaluation) -> str:
     return " · ".join(parts)
 
 
-def _baseline_rows(group: Group, blanks: int, before: int = 0) -> list[Row]:
-    """The classical baselines as rows: their figure after ``before`` blank cells and before ``blanks`` others."""
+def _baseline_rows(group: Group, before: int = 0, after: int = 0, notes: bool = False) -> list[Row]:
+    """The classical baselines as rows: their figure between blank cells; ``notes``, how each was measured."""
     return [
-        Row(label, [Cell("")] * before + [_cell(b.value)] + [Cell("")] * blanks, b.note, kind="baseline")
+        Row(
+            label,
+            [Cell("")] * before + [_cell(b.value)] + [Cell("")] * after,
+            b.note if notes else "",
+            kind="baseline",
+        )
         for label, b in group.baselines
     ]
 
@@ -175,7 +180,8 @@ def figures_table(group: Group) -> Table:
     if not group.baselines:
         notes.append("No evaluation carries the classical baselines; nelbo evaluate measures them.")
     head = ["", "bits/dim", "draws' own error"]
-    return Table(f"Bits per dimension on {group.title}: lower is better", head, rows + _baseline_rows(group, 1), notes)
+    rows += _baseline_rows(group, after=1, notes=True)
+    return Table(f"Bits per dimension on {group.title}: lower is better", head, rows, notes)
 
 
 def evaluations_table(group: Group) -> Table | None:
@@ -183,7 +189,7 @@ def evaluations_table(group: Group) -> Table | None:
     if all(len(run.evaluations) < 2 for run in group.runs):
         return None
     rows = [row for run in group.runs for e in run.evaluations for row in _figure_rows(run, e, f"{run.name}: {e.stem}")]
-    return Table("Every evaluation", ["", "bits/dim", "draws' own error"], rows + _baseline_rows(group, 1))
+    return Table("Every evaluation", ["", "bits/dim", "draws' own error"], rows + _baseline_rows(group, after=1))
 
 
 def difference(a: Run, b: Run) -> tuple[Estimate, bool]:
@@ -201,10 +207,10 @@ def difference(a: Run, b: Run) -> tuple[Estimate, bool]:
 def differences_table(group: Group) -> Table | None:
     """Row minus column in bits/dim, with its error: runs against runs, baselines against runs."""
     columns = group.evaluated
-    if not columns or len(columns) + len(group.baselines) < 2:
+    if len(columns) < 2:
         return None
     rows, unpaired, unlike = [], False, False
-    for run in columns if len(columns) > 1 else []:
+    for run in columns:
         cells = []
         for other in columns:
             if other is run:
@@ -224,9 +230,10 @@ def differences_table(group: Group) -> Table | None:
             shown = _cell(value, True)
             cells.append(Cell(shown.value, f"{shown.error} *" if shown.error else ""))
         rows.append(Row(label, cells, kind="baseline"))
-    notes = ["Row minus column: below zero, the row is better. Valid bounds only. ± is one standard error."]
-    if len(columns) > 1:
-        notes.append("Between runs it is that of the paired differences, image by image, unless marked *.")
+    notes = [
+        "Row minus column: below zero, the row is better. Valid bounds only. ± is one standard error; between runs it "
+        "is that of the paired differences, image by image, unless marked *."
+    ]
     if unpaired or group.baselines:
         notes.append("* not paired: the two errors are combined as if independent, which overstates the error.")
     if unlike:
@@ -253,7 +260,7 @@ def terms_table(group: Group) -> Table:
             rows.append(Row(f"{run.name}, as published", cells, "not a bound", run.number, "published"))
     head = ["", "prior", "reconstruction", "diffusion", "latent", "sum"]
     notes = ["The classical baselines have no such terms; their figures stand in the last column."]
-    rows += _baseline_rows(group, 0, 4)
+    rows += _baseline_rows(group, before=4)
     return Table("The four terms of the bound, bits/dim", head, rows, notes if group.baselines else [])
 
 
@@ -323,7 +330,7 @@ def latent_sentences(run: Run, use: dict[str, Any] | None) -> list[str]:
     sentences, e = [], run.headline
     if e is not None and kind != "image":
         valid = e.terms.get("valid_latent", e.terms["latent"])
-        bits = [f"{v.mean:.4f} ± {v.error:.4f} bits/dim, {v.mean * run.dimensions:.3f} bits an image"
+        bits = [f"{_small(v.mean)} ± {_small(v.error)} bits/dim, {_small(v.mean * run.dimensions)} bits an image"
                 for v in (valid, e.terms["latent"])]  # fmt: skip
         where = f"{e.split} split, {e.images} images"
         if e.published is None:
@@ -333,27 +340,41 @@ def latent_sentences(run: Run, use: dict[str, Any] | None) -> list[str]:
                              f"its KL); its authors charge {bits[1]} ({where}).")  # fmt: skip
     if use is None:
         return sentences
-    spread, between = use["gamma_spread"], use["between_images"]
-    worst = max(range(len(spread["t"])), key=lambda i: spread["mean"][i])
-    draws = "" if use["draws"] == 1 else f", {use['draws']} draws each"
-    source = "the image itself" if kind == "image" else "c ~ q(c|x)"
+    spread, largest = use["gamma_spread"], use["largest_spread"]
+    between = max(use["between_images"]["rms"])
+    worst = spread["t"][spread["mean"].index(max(spread["mean"]))]
+    source = "the image itself" if kind == "image" else f"c ~ q(c|x), {use['draws']} draws"
     sentences.append(
-        f"Over {source} of {use['images']} test images{draws}, γ spreads by at most {_nats(use['largest_spread'])}, "
+        f"Over {use['images']} test images and {source}, γ spreads by {_nats(largest)}, "
         f"{100 * use['largest_spread_share']:.2g} % of its range of {use['range']:.2f} (standard deviation, mean over "
-        f"pixels, at t = {spread['t'][worst]:g}; {_nats(max(spread['max']))} at the pixel that spreads most). Between "
-        f"images, the chance of the draws taken out, it is at most {_nats(max(between['mean']))}."
+        f"pixels, at t = {worst:g}, where it is largest; {_nats(max(spread['max']))} at the pixel that spreads most). "
+        f"Between images it spreads by {_nats(between)}; chance alone gives up to {_nats(use['chance'])}."
     )
-    verdict = "uses" if use["schedule_uses_latent"] else "does not use"
-    sentences.append(f"The schedule {verdict} the latent (rule: it is used where the spread, averaged over pixels, "
-                     f"reaches {use['spread_rule']:g} nats at some t).")  # fmt: skip
-    if use["denoiser_change"] is not None:
-        change = max(use["denoiser_change"]["mean"])
+    rule = (f"rule: it does where γ spreads between images by {use['spread_rule']:g} nats at some t, and more than by "
+            "chance")  # fmt: skip
+    if use["schedule_uses_latent"]:
+        verdict = "The schedule uses the latent"
+    elif largest >= use["spread_rule"]:
+        verdict = "The schedule does not use the latent: γ moves with c, but c as good as ignores the image"
+    else:
+        verdict = "The schedule does not use the latent: γ hardly moves with c"
+    sentences.append(f"{verdict} ({rule}).")
+    if use["denoiser_gain"] is not None:
+        gain, change = use["denoiser_gain"], max(use["denoiser_change"]["mean"])
         verdict = "uses" if use["denoiser_uses_latent"] else "does not use"
-        sentences.append(f"Given the c of another image, the denoiser's ε̂ changes by up to {100 * change:.2g} % of its "
-                         f"error (root mean square): the denoiser {verdict} the latent (rule: "
-                         f"{100 * use['change_rule']:g} % or more at some t).")  # fmt: skip
+        sentences.append(
+            f"The denoiser {verdict} the latent (which also tells it the γ of each pixel): given the c of another image, "
+            f"its ε̂ changes by up to {100 * change:.2g} % of its error, and its squared error grows by "
+            f"{100 * gain['mean']:.2g} ± {100 * gain['standard_error']:.2g} % (rule: {100 * use['gain_rule']:g} % or more, "
+            "and two standard errors)."
+        )
     return sentences
 
 
+def _small(value: float) -> str:
+    """Four decimals, six where these would be zeros."""
+    return number(value, digits=6 if abs(value) < 1e-3 else 4)
+
+
 def _nats(value: float) -> str:
-    return f"{value:.2g} nats" if value else "0 nats"
+    return f"{value:.2g} nats"
