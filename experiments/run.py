@@ -125,9 +125,7 @@ def carry_out(entry: Entry) -> dict[str, Any]:
         },
         "test": {k: final[k] for k in ("bits_per_dim", "as_published", "draws_error", "terms", "images", "latent_use")},
         "baselines": final["baselines"],
-        "finite": {
-            str(steps): _evaluation(run, log, "--times", "8", steps=steps)["bits_per_dim"] for steps in STEPS
-        }
+        "finite": {str(steps): _evaluation(run, log, "--times", "8", steps=steps)["bits_per_dim"] for steps in STEPS}
         if entry.finite and entry.seed == 0
         else {},
         "versions": final["versions"],
@@ -159,7 +157,10 @@ def work(queue: list[Entry], at_once: int) -> None:
                 aside.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
                 aside.replace(RESULTS)
             bits = record["test"]["bits_per_dim"]
-            print(f"done {entry.key}: {bits['mean']:.4f} ± {bits['standard_error']:.4f}, {record['seconds']:.0f} s", flush=True)
+            print(
+                f"done {entry.key}: {bits['mean']:.4f} ± {bits['standard_error']:.4f}, {record['seconds']:.0f} s",
+                flush=True,
+            )
 
     threads = [threading.Thread(target=worker) for _ in range(at_once)]
     for thread in threads:

@@ -47,7 +47,7 @@ def network_schedule(kind, shape, ends, gamma_0=G0, gamma_1=G1, seed=0):
         for parameter in interior.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=random, dtype=FLOAT))
         interior.l1.weight.fill_(2.0)
-        interior.l3.weight.mul_(40.0)
+        interior.l3.weight.mul_(40.0 if kind == "monotone" else 10.0)
         interior.l2.weight.mul_(4.0)
     return exact_ends(schedule, gamma_0, gamma_1)
 
@@ -125,7 +125,7 @@ def test_free_ends_per_pixel():
     with torch.no_grad():
         ends = [schedule(tensor([t]))[0].flatten() for t in (0.0, 1.0)]
     assert min(end.std().item() for end in ends) > 0.1
-    found = expected_diffusion(toy, build(toy, schedule), gauss_legendre(300, 10))
+    found = expected_diffusion(toy, build(toy, schedule), FINE)
     assert found == pytest.approx(gaussian_diffusion(DEVIATIONS, *ends), rel=1e-9)
 
 
@@ -157,7 +157,7 @@ def test_the_total_is_the_truth_and_two_mismatches(kind, path, scale, deviations
     s_2 = toy.variance
     alpha_1, sigma_1 = PATHS[path]().coefficients(tensor(G1))
     marginal = alpha_1**2 * s_2 + sigma_1**2
-    scale = {"sigma_1": sigma_1, "exact": marginal[0].sqrt()}.get(scale, tensor(scale)).item()
+    scale = {1.0: 1.0, "sigma_1": sigma_1.item(), "exact": marginal[0].sqrt().item()}[scale]
     model = build(toy, schedules(toy.shape)[kind], path, prior_scale=scale)
     diffusion = expected_diffusion(toy, model, FINE)
     noise = tensor(G0).exp()
@@ -280,7 +280,7 @@ def test_the_whole_bound_of_an_enumerated_toy(kind, path, parameterization):
     does not depend on x, per pixel too (I-MMSE)."""
     toy = two_pixels()
     model = build(toy, schedules(toy.shape, TOY_G0)[kind], path, parameterization)
-    terms = expected_terms(toy, model, gauss_legendre(10, 8))
+    terms = expected_terms(toy, model)
     expected = entropy(toy) + sum(truth(toy, path))
     assert terms.total.item() == pytest.approx(expected, rel=2e-6)
     assert terms.total.item() > entropy(toy)
@@ -301,13 +301,13 @@ def test_the_prior_scale_counts():
 
 
 def test_the_bound_holds_at_finite_t():
-    """The enumerated toy at T = 1, 2, 4, 8, 32: above the continuous bound, falling, image by image averaged."""
+    """The enumerated toy at T = 1 to 128: above the continuous bound, falling; the gap halves as T doubles."""
     toy = two_pixels()
     model = build(toy, linear(TOY_G0, G1), "vp", "velocity")
     limit = entropy(toy) + sum(truth(toy, "vp"))
-    totals = [expected_terms(toy, model, middles(steps), steps=steps).total.item() for steps in (1, 2, 4, 8, 32)]
-    assert totals == sorted(totals, reverse=True)
-    assert limit + 0.01 < totals[-1] < limit + 0.2 < totals[0]
+    totals = [expected_terms(toy, model, middles(steps), steps=steps).total.item() for steps in (1, 2, 4, 8, 64, 128)]
+    assert totals == sorted(totals, reverse=True) and totals[-1] > limit
+    assert (totals[-2] - limit) / (totals[-1] - limit) == pytest.approx(2, abs=0.05)
 
 
 @pytest.mark.parametrize("levels", [256, 17, 2])
@@ -316,7 +316,7 @@ def test_a_uniform_pixel_costs_log2_levels(levels):
     toy = uniform_pixel(levels)
     gamma_0 = default_gamma_0(levels)
     model = build(toy, linear(gamma_0, G1))
-    terms = expected_terms(toy, model, gauss_legendre(10, 8), normal_grid(0.25, 6.5))
+    terms = expected_terms(toy, model, gauss_legendre(1, 32))
     bits = terms.total.item() / math.log(2)
     assert bits == pytest.approx(math.log2(levels), abs=1e-4)
     alpha, sigma = (v.item() for v in model.path.coefficients(tensor(G1)))
@@ -357,7 +357,7 @@ def information(toy, path, gamma):
 def test_mutual_information_of_a_mixture(kind, path):
     """A continuous mixture in the plane: diffusion = I(x; z_0) - I(x; z_1), per-pixel schedules included."""
     toy = mixture()
-    found = expected_diffusion(toy, build(toy, schedules(toy.shape, -9.0)[kind], path, "velocity"), gauss_legendre(12, 8))
+    found = expected_diffusion(toy, build(toy, schedules(toy.shape, -9.0)[kind], path, "velocity"))
     assert found == pytest.approx(information(toy, path, -9.0) - information(toy, path, G1), rel=2e-6)
 
 
@@ -373,7 +373,7 @@ def early(pixel):
 WRONG = {
     "it sees one noise level for all pixels": {"mean_gamma": True},
     "it mixes the second pixel into the first": {
-        "distort": lambda eps_hat, z, gamma: eps_hat + 0.4 * torch.tanh(2 * z[:, [1]]) * tensor([1.0, 0.0])
+        "distort": lambda eps_hat, z, gamma: eps_hat + 0.2 * z[:, [1]] ** 2 * tensor([1.0, 0.0])
     },
 }
 
@@ -390,15 +390,15 @@ def test_a_wrong_denoiser_makes_the_schedule_matter(wrong):
     for kind in ("fixed linear", "monotone", "scalar polynomial", "first pixel first", "second pixel first"):
         model = build(toy, made[kind], "vp", "velocity", wrong=WRONG[wrong])
         bounds[kind] = expected_terms(toy, model).total.item()
-        with_exact = expected_terms(toy, build(toy, made[kind]), gauss_legendre(10, 8)).total.item()
-        assert with_exact == pytest.approx(exact, rel=2e-6)
+        if "first" in kind:
+            assert expected_terms(toy, build(toy, made[kind])).total.item() == pytest.approx(exact, rel=2e-6)
     straight = bounds["fixed linear"]
     for kind in ("monotone", "scalar polynomial"):
         assert bounds[kind] == pytest.approx(straight, rel=2e-6)
     if "mean_gamma" in WRONG[wrong]:  # exact wherever the pixels share their gamma, wrong elsewhere
         assert straight == pytest.approx(exact, rel=2e-6)
         assert min(bounds["first pixel first"], bounds["second pixel first"]) > straight + 0.1
-    else:  # tanh(2 z)^2 grows with the second pixel's noise: the first one should be done before. Better and worse.
+    else:  # E z^4 grows with the second pixel's noise: the first one should be done before. Better and worse.
         assert straight > exact + 0.1
         assert bounds["first pixel first"] < straight - 0.05
         assert bounds["second pixel first"] > straight + 0.05
@@ -425,7 +425,7 @@ def expected_given_code(toy, latent, **fields):
             assert torch.equal(drawn.c, wanted.expand(len(m), 2))
             return drawn
 
-        terms = expected_terms(inside, model, gauss_legendre(10, 8), latent=draw)
+        terms = expected_terms(inside, model, latent=draw)
         sums += code[value] * torch.stack([terms.total, terms.valid_total, terms.latent])
     gaps = [truth(inside, "vp", log_weights=row) for row in inside.log_weights]
     mismatch = sum(float(p) * sum(gap) for p, gap in zip(code, gaps, strict=True))
@@ -538,6 +538,7 @@ def test_the_bound_holds_where_the_schedule_reads_the_image():
     model = image_model(reading(toy, scale=0.3))
     totals = [expected_terms(toy, model, middles(steps), steps=steps).total.item() for steps in (4, 64)]
     assert min(totals) > entropy(toy)
+    print(totals)
     assert totals[1] > totals[0]
 
 

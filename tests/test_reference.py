@@ -307,7 +307,10 @@ def loss(case: Case, compare: Comparison, kind: str, allowed: Allowed) -> None:
         for name, ours in (("g_0", gamma_0), ("g_1", gamma_1), ("g_t", gamma), ("g_s", curve(s)[0])):
             compare_gamma(name, ours)
         compare_gamma("g_t_grad", curve(t)[1])
-        compare(f"{v}score_g_t", gamma.mean((1, 2, 3)), absolute=allowed.gamma)
+        if settings.get("unet_type") == "ldm":
+            compare_gamma("score_g_t", gamma)
+        else:
+            compare(f"{v}score_g_t", gamma.mean((1, 2, 3)), absolute=allowed.gamma)
         compare(f"{v}var_0", torch.sigmoid(gamma_0).mean(), relative=allowed.loss)
         compare(f"{v}var_1", torch.sigmoid(gamma_1).mean(), relative=allowed.loss)
         compare(f"{v}z_t", z_t, absolute=allowed.z, layout=channels_first)
@@ -382,9 +385,13 @@ def ancestral(case: Case, compare: Comparison) -> None:
             levels = pixels.decode(z_0, alpha_0, gamma_0, model.levels)
             log_probs = pixels.level_log_probs(z_0, alpha_0, gamma_0, model.levels)
         compare(f"{v}x", levels, absolute=0.5, layout=channels_first)
-    rows, across = case["out/decode_logprobs_crop"].shape[1:3]
+    recorded = case["out/decode_logprobs_crop"]
+    rows, across = recorded.shape[1:3]
     crop = log_probs[:, :, :rows, :across].permute(0, 2, 3, 1, 4)
-    compare("decode_logprobs_crop", crop, absolute=2e-4)
+    # The logarithms reach -1e6, where float32 is coarse: beyond -10 the difference may grow with them.
+    scale = 1 + recorded.abs() / 10
+    compare.seen.add("out/decode_logprobs_crop")
+    compare.values("decode_logprobs_crop", crop / scale, recorded / scale, absolute=2e-4)
     per_pixel = case["out/g_0"].ndim > 1
     compare(
         "g_0",

@@ -36,7 +36,7 @@ def tensor(values):
 # Rules ---------------------------------------------------------------------------------------------------------------
 
 
-def gauss_legendre(panels=8, order=8, low=0.0, high=1.0):
+def gauss_legendre(panels=1, order=48, low=0.0, high=1.0):
     """Nodes and weights of composite Gauss-Legendre quadrature on [low, high]."""
     import numpy as np
 
@@ -228,70 +228,68 @@ def _batches(rows, size=1 << 16):
 
 
 @torch.no_grad()
-def expected_diffusion(toy, model, times=None, grid=None, steps=0, c=None):
-    """E over t, x and eps of ``objectives.diffusion_term``, in nats, by quadrature.
+def diffusion_per_component(toy, model, times=None, grid=None, steps=0, c=None):
+    """E over t and eps (and x, where components are not points) of ``objectives.diffusion_term``, (M,) nats.
 
-    times: nodes and weights over [0, 1); grid: nodes and weights for zeta along one axis. c (1, size) or None, given to
-    schedule and network; the toy is then weighted by p(x|c).
+    times: nodes and weights over [0, 1); grid: nodes and weights for zeta along one axis; c (1, size) or None, given to
+    schedule and network.
     """
     t, t_weights = times or gauss_legendre()
     if toy.means.shape[0] == 1:  # no dependence between pixels: one axis serves all, and two points are exact
         zeta, weights = tensor([[-1.0], [1.0]]), tensor([0.5, 0.5])
     else:
         zeta, weights = product_grid(*(grid or normal_grid()), toy.dimensions)
-    eta = [-1.0, 1.0] if toy.variance.any() else [1.0]
-    log_weights = toy.weights(c).flatten()
-    total = 0.0
+    eta = tensor([-1.0, 1.0] if toy.variance.any() else [1.0])
+    deviation = toy.variance.sqrt()
+    sums = torch.zeros(len(toy.means), dtype=FLOAT)
     rows = torch.cartesian_prod(*map(torch.arange, (len(t), len(toy.means), len(zeta), len(eta))))
     for part in _batches(len(rows)):
         i, m, j, k = rows[part].T
-        codes = None if c is None else c.expand(len(i), -1)
-        # The library evaluates at the end of the step that t falls into.
-        at = t[i] if not steps else (torch.floor(t[i] * steps) + 1) / steps
-        gamma = model.curve(codes)(at)[0].flatten(1)
-        alpha, sigma = model.path.coefficients(gamma)
-        deviation = toy.variance.sqrt()
-        spread = torch.sqrt(alpha**2 * toy.variance + sigma**2)
-        sign = tensor(eta)[k][:, None]
-        x = toy.means[m] + deviation * (alpha * deviation * zeta[j] + sigma * sign) / spread
-        eps = (sigma * zeta[j] - alpha * deviation * sign) / spread
         shape = (len(i), *toy.shape)
-        x, eps = x.expand(len(i), toy.dimensions).reshape(shape), eps.expand(len(i), toy.dimensions).reshape(shape)
-        term = diffusion_term(model, x, t[i], eps, codes, steps=steps)
-        weight = t_weights[i] * log_weights[m].exp() * weights[j] / len(eta)
-        total += float((weight * term).sum())
-    return total
+        codes = None if c is None else c.expand(len(i), -1)
+        x, eps = toy.means[m], zeta[j]
+        if toy.variance.any():
+            # (x, eps) depends on gamma, which the library takes at the end of the step that t falls into.
+            at = t[i] if not steps else (torch.floor(t[i] * steps) + 1) / steps
+            alpha, sigma = model.path.coefficients(model.curve(codes)(at)[0].flatten(1))
+            spread = torch.sqrt(alpha**2 * toy.variance + sigma**2)
+            sign = eta[k][:, None]
+            x = x + deviation * (alpha * deviation * zeta[j] + sigma * sign) / spread
+            eps = (sigma * zeta[j] - alpha * deviation * sign) / spread
+        term = diffusion_term(model, x.reshape(shape), t[i], eps.reshape(shape), codes, steps=steps)
+        sums.index_add_(0, m, t_weights[i] * weights[j] / len(eta) * term)
+    return sums
+
+
+def expected_diffusion(toy, model, times=None, grid=None, steps=0, c=None):
+    """The mean of ``diffusion_per_component`` over the toy's components, or those of p(x|c): a number."""
+    each = diffusion_per_component(toy, model, times, grid, steps, c)
+    return float((toy.weights(c).flatten().exp() * each).sum())
 
 
 @torch.no_grad()
 def expected_terms(toy, model, times=None, grid=None, steps=0, latent=None, per_image=False):
-    """E of ``objectives.elbo`` over images, t, eps and eps_0 of a discrete toy: Terms of numbers, nats.
+    """E over images, t, eps and eps_0 of the bound of a discrete toy: Terms of numbers, nats.
 
-    ``latent(m)`` gives the LatentDraw of components m; the toy is weighted by p(x|c) of that draw, so that a caller can
-    sum over c. ``per_image``: (M,) numbers for each image instead of their mean.
+    The diffusion is integrated by itself; ``objectives.elbo`` gives the other terms, which do not depend on t.
+    ``latent(m)`` gives the LatentDraw of components m; the toy is then weighted by p(x|c) of that draw, so that a caller
+    can sum over c. ``per_image``: (M,) numbers, for each image.
     """
-    t, t_weights = times or gauss_legendre()
     zeta, weights = product_grid(*(grid or normal_grid()), toy.dimensions)
-    sums = torch.zeros(5, len(toy.means), dtype=FLOAT)
-    rows = torch.cartesian_prod(*map(torch.arange, (len(t), len(toy.means), len(zeta))))
-    for part in _batches(len(rows)):
-        i, m, j = rows[part].T
-        shape = (len(i), *toy.shape)
-        eps = zeta[j].reshape(shape)
-        draw = None if latent is None else latent(m)
-        terms = elbo(
-            model, toy.images[m].reshape(shape), t=t[i], eps=eps, eps_0=eps, latent=draw, steps=steps, dtype=FLOAT
-        )
-        weight = t_weights[i] * weights[j]
-        for row, name in enumerate(("prior", "reconstruction", "diffusion", "latent", "valid_latent")):
-            sums[row].index_add_(0, m, weight * getattr(terms, name))
+    m, j = torch.cartesian_prod(torch.arange(len(toy.means)), torch.arange(len(zeta))).T
+    shape, t = (len(m), *toy.shape), torch.full((len(m),), 0.5, dtype=FLOAT)
+    draw = None if latent is None else latent(m)
+    eps, images = zeta[j].reshape(shape), toy.images[m].reshape(shape)
+    terms = elbo(model, images, t=t, eps=eps, eps_0=eps, latent=draw, steps=steps, dtype=FLOAT)
+    c = None if draw is None else draw.c[:1]
+    sums = {name: torch.zeros(len(toy.means), dtype=FLOAT) for name in Terms.__dataclass_fields__}
+    for name, values in sums.items():
+        values.index_add_(0, m, weights[j] * getattr(terms, name))
+    sums["diffusion"] = diffusion_per_component(toy, model, times, grid, steps, c)
     if per_image:
-        return Terms(*sums)
-    if latent is None:
-        probability = toy.log_weights.exp()
-    else:
-        probability = toy.weights(latent(torch.zeros(1, dtype=torch.long)).c).flatten().exp()
-    return Terms(*(sums @ probability))
+        return Terms(**sums)
+    probability = toy.weights(c).flatten().exp()
+    return Terms(**{name: (values * probability).sum() for name, values in sums.items()})
 
 
 # Truths --------------------------------------------------------------------------------------------------------------

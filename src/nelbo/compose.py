@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import nn
 
 from nelbo import latents, networks, schedules
 from nelbo.config import Config
@@ -81,7 +82,7 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
             attention_everywhere=network.attention == "everywhere",
             checkpointing=network.checkpointing,
         )
-        encoder = None
+        encoder: nn.Module | None = None
         if latent is not None and latent.heads:
             if config.encoder.kind == "cnn":
                 encoder = networks.CNNEncoder(shape, latent.size, latent.heads)
@@ -96,7 +97,9 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
                     groups=network.groups,
                     dropout=network.dropout,
                 )
-        schedule = schedules.Schedule(_interior(config, shape, (gamma_0, gamma_1)), gamma_0, gamma_1, config.schedule.ends)
+        schedule = schedules.Schedule(
+            _interior(config, shape, (gamma_0, gamma_1)), gamma_0, gamma_1, config.schedule.ends
+        )
     return DiffusionModel(
         unet,
         schedule,

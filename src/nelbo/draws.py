@@ -32,11 +32,15 @@ class Draws:
     """
 
     def __init__(
-        self, seed: int, index: Sequence[int] | np.ndarray, draw: int | Sequence[int] | np.ndarray = 0, device: Any = "cpu"
+        self,
+        seed: int,
+        index: Sequence[int] | np.ndarray,
+        draw: int | Sequence[int] | np.ndarray = 0,
+        device: Any = "cpu",
     ) -> None:
         self.seed, self.device = int(seed), device
         self.index = [int(i) for i in index]
-        self.draw = [int(d) for d in ([draw] * len(self.index) if np.ndim(draw) == 0 else draw)]
+        self.draw = [int(d) for d in np.broadcast_to(np.asarray(draw, dtype=np.uint64), (len(self.index),))]
 
     def _each(self, stream: str, shape: Sequence[int], draw: Callable[[np.random.Generator], np.ndarray]) -> Tensor:
         values = np.empty((len(self.index), *shape), dtype=np.float32)

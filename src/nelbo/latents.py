@@ -7,7 +7,7 @@ k-hot, exact     q(c|x) = exp(<theta, c>)/Z over |c| = k, prior uniform over the
     (2)  P_i[j] = logaddexp(P_{i-1}[j], P_{i-1}[j-1] + theta_i),      log Z = P_n[k]
     (3)  mu_i = exp(logsumexp_j(P_{i-1}[j] + S_{i+1}[k-1-j]) + theta_i - log Z)          (inclusion marginals)
     (4)  KL = <mu, theta> - log Z + log C(n, k)
-                 Samples are exact; their gradient is that of the marginals (SIMPLE, Ahmed et al. 2023), which is biased.
+                 Samples are exact; their gradient is that of the marginals (SIMPLE, Ahmed et al. 2023): biased.
 k-hot, paper     MuLAN: noisy logits, top k, straight through the logits centred and divided by their norm; charged
     (5)  KL(softmax(theta) || uniform(n))
                  which is not the KL of the subset. Its valid price replaces (5) by log C(n, k): it bounds the KL of any

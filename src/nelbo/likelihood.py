@@ -135,7 +135,9 @@ def vlb(
         raise ValueError(f"times_per_shift and shifts must be at least 1, got {times_per_shift} and {shifts}")
     images = torch.as_tensor(images)
     if images.ndim != 4 or tuple(images.shape[1:]) != model.shape or not len(images):
-        raise ValueError(f"images must be (n, {', '.join(map(str, model.shape))}) with n >= 1, got {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be (n, {', '.join(map(str, model.shape))}) with n >= 1, got {tuple(images.shape)}"
+        )
     n, per_image = len(images), times_per_shift * shifts
     index = np.arange(n) if index is None else np.asarray(index)
     label_tensor = None if labels is None else torch.as_tensor(labels)
@@ -164,8 +166,10 @@ def vlb(
             row_times[chunk] = t.double().cpu().numpy()
             if progress is not None:
                 done = int(chunk[-1] + 1) // per_image
-                so_far = sum(values[name][: done * per_image].mean() for name in TERMS if name != "latent") if done else 0
-                progress(done, float(pixels.bits_per_dim(so_far, model.dimensions)))
+                so_far = (
+                    sum(values[name][: done * per_image].mean() for name in TERMS if name != "latent") if done else 0
+                )
+                progress(done, float(pixels.bits_per_dim(float(so_far), model.dimensions)))
     finally:
         model.train(training)
     bits = {

@@ -1,7 +1,8 @@
 r"""The evidence lower bound, term by term, per image, in nats. Nothing here draws a random number.
 
     (1)  -log p(v) <= prior + reconstruction + diffusion + latent
-    (2)  prior            KL(q(z_1|x,c) || N(0, s^2 I)) = 1/2 sum [ (sigma_1^2 + alpha_1^2 x^2)/s^2 - 1 - log(sigma_1^2/s^2) ]
+    (2)  prior            KL(q(z_1|x,c) || N(0, s^2 I))
+                              = 1/2 sum [ (sigma_1^2 + alpha_1^2 x^2)/s^2 - 1 - log(sigma_1^2/s^2) ]
     (3)  reconstruction   -log p(v|z_0)                                                       (pixels.py)
     (4)  diffusion        1/2 E_t sum gamma'(t) |eps - eps_hat|^2                             (VDM eq. 17; MuLAN eq. 8)
     (5)  at finite T      T/2 E_i sum expm1(gamma_t - gamma_s) |eps - eps_hat|^2,  t = i/T, s = (i-1)/T    (VDM eq. 14)
@@ -177,9 +178,8 @@ def elbo(
         curve = model.curve(c, scale) if scale else model.curve(c)
     gamma_0, _ = curve(torch.zeros_like(t))
     gamma_1, _ = curve(torch.ones_like(t))
-    alpha_0, _ = model.path.coefficients(gamma_0)
-    z_0 = model.path.diffuse(x, gamma_0, eps_0)
-    reconstruction = -pixels.log_likelihood(images, z_0, alpha_0, gamma_0, model.levels)
+    z_0 = x + torch.exp(gamma_0 / 2) * eps_0  # over alpha_0: a product and a quotient would each round it
+    reconstruction = -pixels.log_likelihood(images, z_0, torch.ones_like(gamma_0), gamma_0, model.levels)
     diffusion = diffusion_term(model, x, t, eps, c, steps=steps, flag=flag, curve=curve)
     if scale:
         scale.factor = 2 * diffusion.detach()

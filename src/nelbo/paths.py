@@ -1,7 +1,7 @@
-r"""Paths: gamma -> (alpha, sigma), the Gaussian corruption  z = alpha x + sigma eps  with  alpha^2/sigma^2 = exp(-gamma).
+r"""Paths: gamma -> (alpha, sigma), the corruption  z = alpha x + sigma eps  with  alpha^2/sigma^2 = exp(-gamma).
 
     (1)  VariancePreserving   alpha^2 = sigmoid(-gamma),   sigma^2 = sigmoid(gamma)              (VDM eq. 1-3)
-    (2)  Straight             alpha = sigmoid(-gamma/2),   sigma = sigmoid(gamma/2)              (i-DODE section 4, "SP")
+    (2)  Straight             alpha = sigmoid(-gamma/2),   sigma = sigmoid(gamma/2)            (i-DODE section 4, "SP")
 
 On every path, with  k = -expm1(gamma_s - gamma_t)  the part of the noise at t that is new since s < t,
 

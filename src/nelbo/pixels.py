@@ -1,11 +1,12 @@
 r"""Integers and reals: grey levels v = 0 .. L - 1, their values x, and the decoder p(v|z_0).
 
-    (1)  x(v) = 2 (v + 1/2)/L - 1                              levels at the centres of L bins of [-1, 1]
-    (2)  log p(v|z_0) = log softmax_v( -1/2 (z_0/alpha_0 - x(v))^2 exp(-gamma_0) )      per entry (VDM section 3.3)
-    (3)  bits/dim = nats / (C H W log 2)
+(1)  x(v) = 2 (v + 1/2)/L - 1                              levels at the centres of L bins of [-1, 1]
+(2)  log p(v|z_0) = log softmax_v( -1/2 (z_0/alpha_0 - x(v))^2 exp(-gamma_0) )      per entry (VDM section 3.3)
+(3)  bits/dim = nats / (C H W log 2)
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,6 @@ def decode(z_0: Tensor, alpha_0: Tensor, gamma_0: Tensor, levels: int, uniform: 
     return below.sum(-1).clamp(max=levels - 1).to(torch.uint8)
 
 
-def bits_per_dim(nats: Tensor | float, dimensions: int) -> Tensor | float:
-    """Equation (3)."""
+def bits_per_dim(nats: Any, dimensions: int) -> Any:
+    """Equation (3): a number, a tensor or an array of nats per image."""
     return nats / (dimensions * math.log(2))

@@ -115,8 +115,8 @@ class Schedule(nn.Module):
         def curve(t: Tensor) -> tuple[Tensor, Tensor]:
             u, rate = (interior_gradient(v) for v in normalised(_column(t)))
             if self.kind == "learned":
-                span = _positive(self.slope)
-                return self.start + span * u, span * rate
+                slope = _positive(self.slope)
+                return self.start + slope * u, slope * rate
             span = self.gamma_1 - self.gamma_0
             return self.gamma_0 + span * u, span * rate
 
@@ -168,7 +168,8 @@ class Monotone(Interior):
 class PixelMonotone(Interior):
     """MuLAN's per-pixel monotone network given c (or time alone when ``condition`` is 0), on u = [c, t]:
 
-    r = l1(t) + l3(s(l_int(s(l2(2 u - 1)))))/width, all weights positive, s = 2 sigmoid - 1; l1 is one line for all pixels.
+    r = l1(t) + l3(s(l_int(s(l2(2 u - 1)))))/width, all weights positive, s = 2 sigmoid - 1; l1 is one line for
+    all pixels.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def time_embedding(t: Tensor, features: int) -> Tensor:
 
 
 def fourier_features(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
-    """Equation (2): (B, C, H, W) -> (B, 2 C len(exponents), H, W), all sines first, each channel's exponents together."""
+    """Equation (2): (B, C, H, W) -> (B, 2 C len(exponents), H, W), all sines first, a channel's exponents together."""
     scale = torch.tensor([2.0**f * 2 * math.pi for f in exponents], dtype=z.dtype, device=z.device)
     phase = (z[:, :, None] * scale[:, None, None]).flatten(1, 2)
     return torch.cat([phase.sin(), phase.cos()], 1)

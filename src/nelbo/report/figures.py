@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from nelbo.report.runs import Baseline, Estimate, Run
+from nelbo.report.tables import PUBLISHED
 
 __all__ = [
     "RUN_COLOURS",
@@ -69,9 +70,14 @@ STYLE: dict[Any, Any] = {
 
 
 def short(name: str, most: int = 22) -> str:
-    """A name cut to fit an axis; matplotlib hides labels that start with an underscore, so a space goes before it."""
-    name = name if len(name) <= most else name[: most - 1] + "…"
-    return f" {name}" if name.startswith("_") else name
+    """A name cut to fit an axis, on a line of its own where it is published, not valid.
+
+    matplotlib hides labels that start with an underscore, so a space goes before it.
+    """
+    head, published, _ = name.partition(PUBLISHED)
+    head = head if len(head) <= most else head[: most - 1] + "…"
+    head = f" {head}" if head.startswith("_") else head
+    return f"{head}\n(as published)" if published else head
 
 
 def _colour(number: int) -> str:
@@ -153,7 +159,7 @@ def dots(rows: Sequence[Row], baselines: Sequence[tuple[str, Baseline]], label: 
             axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("bits/dim, doubling (lower is better)" if wide else "bits/dim (lower is better)")
 
-    return _draw(paint, label, height=0.75 + 0.26 * (len(rows) + len(baselines)))
+    return _draw(paint, label, height=0.75 + 0.29 * (len(rows) + len(baselines)))
 
 
 def _duration_unit(seconds: float) -> tuple[float, str]:
@@ -277,8 +283,8 @@ def schedule_lines(t: np.ndarray, gamma: np.ndarray, linear: np.ndarray, number:
     """log SNR = -gamma over t, a line a pixel: t (S,), gamma (S, P); dashed, the straight line between the ends."""
 
     def paint(axes: Any) -> None:
-        alpha = 0.35 if gamma.shape[1] > 1 else 1.0
-        axes.plot(t, -gamma, color=_colour(number), linewidth=0.8, alpha=alpha)
+        many = gamma.shape[1] > 1
+        axes.plot(t, -gamma, color=_colour(number), linewidth=0.8 if many else 2, alpha=0.35 if many else 1)
         axes.plot(t, -linear, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="linear")
         axes.set_xlim(0, 1)
         axes.set_xlabel("t  (0: image, 1: noise)")
@@ -302,7 +308,9 @@ def schedule_change(t: np.ndarray, change: np.ndarray, label: str) -> Markup:
         axes.set_xlabel("t  (0: image, 1: noise)")
         axes.set_ylabel("log SNR − linear")
         if len(change) > 1:
-            axes.legend(loc="best")
+            legend = axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+            for line in legend.get_lines():
+                line.set(alpha=1, linewidth=1.6)
 
     return _draw(paint, label)
 

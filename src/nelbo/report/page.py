@@ -17,6 +17,7 @@ from nelbo.report.tables import Cell, Group, Row, Table
 __all__ = ["write_report"]
 
 SHOWN = 64
+STRAIGHT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _figures(group: Group) -> Block:
         assert run.headline is not None
         rows.append((run.name, run.headline.value, run.number, True))
         if run.headline.published is not None:
-            rows.append((f"{run.name}, as published", run.headline.published, run.number, False))
+            rows.append((f"{run.name}{tables.PUBLISHED}", run.headline.published, run.number, False))
     if rows:
         listed = "; ".join(f"{name} {value.mean:.4f}" for name, value, *_ in rows)
         classical = "; ".join(f"{name} {b.value.mean:.4f}" for name, b in group.baselines)
@@ -231,7 +232,7 @@ def _terms(group: Group) -> Block:
         terms = {name: e.terms[name].mean for name in figures.TERM_COLOURS}
         rows.append((run.name, {**terms, "latent": e.terms.get("valid_latent", e.terms["latent"]).mean}))
         if e.published is not None:
-            rows.append((f"{run.name}, as published", terms))
+            rows.append((f"{run.name}{tables.PUBLISHED}", terms))
     if rows:
         words = "; ".join(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in terms.items()) for name, terms in rows)
         svg = figures.stacked_terms(rows, (), f"Stacked bars of the four terms in bits/dim. {words}.")
@@ -285,11 +286,13 @@ def _samples(runs: Sequence[Run], sources: _Sources) -> list[Block]:
         if s is not None and s.trajectory is not None:
             keep = np.unique(np.linspace(0, len(s.trajectory) - 1, min(12, len(s.trajectory))).astype(int))
             ticks = [] if s.times is None else [f"{abs(t):.2g}" for t in s.times[keep]]
-            uri = images.strip(s.trajectory[keep][:, :8], levels)
+            rows = 8 if run.data["shape"][1] <= 16 else 4
+            uri = images.strip(s.trajectory[keep][:, :rows], levels)
             caption = "From noise (left) to image (right): the denoised x̂ at moments t" if ticks else (
                 "From noise (left) to image (right): the denoised x̂")  # fmt: skip
             alt = f"Trajectories of samples of {run.name}, one a row"
-            block.figures.append(Figure(caption, uri=uri, alt=alt, kind="strip", ticks=ticks))
+            kind = "strip wide" if len(block.figures) == 2 else "strip"
+            block.figures.append(Figure(caption, uri=uri, alt=alt, kind=kind, ticks=ticks))
         elif s is not None:
             command = run.command("sample", "--count 64")
             block.missing.append((f"{s.file} records no trajectory from noise to image.", command))
@@ -338,16 +341,21 @@ def _schedule_figures(block: Block, run: Run, view: Any, image: bool) -> None:
     what = f"{pixels} of {run.dimensions} entries" if pixels < run.dimensions else f"all {pixels} entries"
     if not view.per_pixel:
         what = "the same for every pixel"
-    largest = float(np.abs(view.gamma - view.linear[:, None]).max())
     label = f"log SNR over t for {run.name}, falling from {-view.linear[0]:.2f} to {-view.linear[-1]:.2f}; {what}."
     lines = view.gamma[0] if view.per_pixel else view.gamma[0][:, :1]
     svg = figures.schedule_lines(view.t, lines, view.linear, run.number, label)
     block.figures.append(Figure(f"log SNR = −γ: {what}{', one draw of c' if view.draws > 1 else ''}.", svg))
     change = -(view.gamma - view.linear[:, None])
-    order = change[:, len(view.t) // 2].mean(0).argsort()  # some pixels from the least to the most changed
+    largest = float(np.abs(change).max())
+    if largest < STRAIGHT:
+        block.sentences.append(f"γ is the straight line to within {STRAIGHT:g} nats.")
+        return
+    order = change[:, len(view.t) // 2].max(0).argsort()  # some pixels from the least to the most changed
     change = change[:, :, order[np.unique(np.linspace(0, len(order) - 1, 24).astype(int))] if view.per_pixel else [0]]
     label = f"log SNR minus the linear schedule for {run.name}; the largest difference is {largest:.3f} nats."
-    caption = f"The same minus the straight line; largest difference {largest:.3f} nats."
+    caption = f"The same minus the straight line, for {change.shape[2]} of them; at most {largest:.3f} nats over all."
+    if not view.per_pixel:
+        caption = f"The same minus the straight line; at most {largest:.3f} nats."
     if view.draws > 1:
         caption += f" A colour for each of {len(change)} {source}: where they hide each other, c does not matter."
     block.figures.append(Figure(caption, figures.schedule_change(view.t, change, label)))

@@ -9,9 +9,9 @@ the part between images shows use. Without bias, from R draws for each of n imag
 
     (2)  w^2 = mean_i s_r^2(gamma_ir),      b^2 = s_i^2(mean_r gamma_ir) - w^2/R
 
-Chance is the largest b of 19 trials in which the draws are dealt to the images at random.
+Chance is the largest b of 99 trials in which the draws are dealt to the images at random.
 
-    Rule: the schedule uses c where b reaches 0.01 nats of gamma at some t, and chance (a test at the 5 % level).
+    Rule: the schedule uses c where b reaches 0.01 nats of gamma at some t, and chance (a test at the 1 % level).
 
 The denoiser may use c as well. With z and gamma as they are and c' of another image in place of c, over images and t,
 
@@ -39,7 +39,7 @@ __all__ = ["ScheduleView", "latent_use", "schedule_view"]
 
 SPREAD_RULE = 1e-2
 GAIN_RULE = 1e-2
-TRIALS = 19
+TRIALS = 99
 TIMES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 MAP_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -214,7 +214,7 @@ def schedule_view(
     *,
     draws: int = 32,
     pixels_shown: int = 64,
-    points: int = 41,
+    points: int = 33,
     seed: int = 0,
 ) -> ScheduleView | None:
     """What the schedule looks like. Where it reads the image itself, c is each of ``images``; None without them."""

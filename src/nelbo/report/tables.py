@@ -11,6 +11,7 @@ from nelbo.report.runs import Baseline, Estimate, Evaluation, Run
 
 __all__ = [
     "NOT_A_BOUND",
+    "PUBLISHED",
     "Cell",
     "Group",
     "Row",
@@ -32,6 +33,7 @@ __all__ = [
     "terms_table",
 ]
 
+PUBLISHED = ", as published"
 NOT_A_BOUND = (
     "not a bound: as its authors compute it, the k-hot latent charged the KL of one categorical draw, which is not the "
     "KL of the subset"
@@ -162,7 +164,7 @@ def _baseline_rows(group: Group, before: int = 0, after: int = 0, notes: bool = 
 def _figure_rows(run: Run, e: Evaluation, name: str) -> list[Row]:
     rows = [Row(name, [_cell(e.value), Cell(number(e.draws_error))], provenance(e), run.number)]
     if e.published is not None:
-        rows.append(Row(f"{name}, as published", [_cell(e.published), Cell("")], NOT_A_BOUND, run.number, "published"))
+        rows.append(Row(f"{name}{PUBLISHED}", [_cell(e.published), Cell("")], NOT_A_BOUND, run.number, "published"))
     return rows
 
 
@@ -257,7 +259,7 @@ def terms_table(group: Group) -> Table:
         rows.append(Row(run.name, [*common, _cell(valid), _cell(e.value)], number=run.number))
         if e.published is not None:
             cells = [*common, _cell(e.terms["latent"]), _cell(e.published)]
-            rows.append(Row(f"{run.name}, as published", cells, "not a bound", run.number, "published"))
+            rows.append(Row(f"{run.name}{PUBLISHED}", cells, "not a bound", run.number, "published"))
     head = ["", "prior", "reconstruction", "diffusion", "latent", "sum"]
     notes = ["The classical baselines have no such terms; their figures stand in the last column."]
     rows += _baseline_rows(group, before=4)
@@ -330,7 +332,8 @@ def latent_sentences(run: Run, use: dict[str, Any] | None) -> list[str]:
     sentences, e = [], run.headline
     if e is not None and kind != "image":
         valid = e.terms.get("valid_latent", e.terms["latent"])
-        bits = [f"{_small(v.mean)} ± {_small(v.error)} bits/dim, {_small(v.mean * run.dimensions)} bits an image"
+        d = run.dimensions
+        bits = [f"{_short(d * v.mean)} ± {_short(d * v.error)} bits an image, {_short(v.mean)} bits/dim"
                 for v in (valid, e.terms["latent"])]  # fmt: skip
         where = f"{e.split} split, {e.images} images"
         if e.published is None:
@@ -346,8 +349,8 @@ def latent_sentences(run: Run, use: dict[str, Any] | None) -> list[str]:
     source = "the image itself" if kind == "image" else f"c ~ q(c|x), {use['draws']} draws"
     sentences.append(
         f"Over {use['images']} test images and {source}, γ spreads by {_nats(largest)}, "
-        f"{100 * use['largest_spread_share']:.2g} % of its range of {use['range']:.2f} (standard deviation, mean over "
-        f"pixels, at t = {worst:g}, where it is largest; {_nats(max(spread['max']))} at the pixel that spreads most). "
+        f"{_short(100 * use['largest_spread_share'])} % of its range of {use['range']:.2f} (standard deviation, mean "
+        f"over pixels, at t = {worst:g}, where it is largest; {_nats(max(spread['max']))} at the worst pixel). "
         f"Between images it spreads by {_nats(between)}; chance alone gives up to {_nats(use['chance'])}."
     )
     rule = (f"rule: it does where γ spreads between images by {use['spread_rule']:g} nats at some t, and more than by "
@@ -363,18 +366,22 @@ def latent_sentences(run: Run, use: dict[str, Any] | None) -> list[str]:
         gain, change = use["denoiser_gain"], max(use["denoiser_change"]["mean"])
         verdict = "uses" if use["denoiser_uses_latent"] else "does not use"
         sentences.append(
-            f"The denoiser {verdict} the latent (which also tells it the γ of each pixel): given the c of another image, "
-            f"its ε̂ changes by up to {100 * change:.2g} % of its error, and its squared error grows by "
-            f"{100 * gain['mean']:.2g} ± {100 * gain['standard_error']:.2g} % (rule: {100 * use['gain_rule']:g} % or more, "
-            "and two standard errors)."
+            f"The denoiser {verdict} the latent (which also tells it the γ of each pixel). With the c of another image "
+            f"its ε̂ changes by up to {_short(100 * change)} % of its error, and its squared error by "
+            f"{_short(100 * gain['mean'], True)} ± {_short(100 * gain['standard_error'])} % (rule: it does where this is "
+            f"{100 * use['gain_rule']:g} % or more, and two standard errors)."
         )
     return sentences
 
 
-def _small(value: float) -> str:
-    """Four decimals, six where these would be zeros."""
-    return number(value, digits=6 if abs(value) < 1e-3 else 4)
+def _short(value: float, sign: bool = False) -> str:
+    """Two significant digits, all digits of whole numbers, no exponent."""
+    if not math.isfinite(value):
+        return "–"
+    digits = max(2, len(str(int(abs(value)))))
+    text = np.format_float_positional(value, digits, unique=False, fractional=False, trim="-", sign=sign)
+    return text.replace("-", "−")
 
 
 def _nats(value: float) -> str:
-    return f"{value:.2g} nats"
+    return f"{_short(value)} nats"

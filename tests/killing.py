@@ -1,0 +1,80 @@
+"""Trains a run while killing it: forked from a process that has torch loaded, so that a life costs a fraction of a second.
+
+    python tests/killing.py RUN KILLS SEED        (the configuration as JSON on stdin)
+
+Every life is the same training, which continues RUN. Lives are ended by SIGKILL, by turns after a random time and at a
+random file operation inside the run's folder (opening, renaming, making and removing: the audit events), until KILLS
+of them died; the last one is left alone. After every kill the last checkpoint must load, where there is one. Prints a
+JSON object: the kills, and how many of them left a half-written checkpoint behind.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import accelerate  # noqa: F401
+import torch
+
+from nelbo import checkpoints
+from nelbo.config import Config, from_dict
+from nelbo.training import train
+
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+LONGEST = 0.4  # seconds
+MOST = 60  # file operations; a checkpoint takes about 20
+
+
+def live(config: Config, run: Path, operations: int | None) -> None:
+    """One life, in a process of its own; ends itself at the given file operation."""
+    left = operations
+
+    def count(event: str, arguments: tuple) -> None:
+        nonlocal left
+        if left is None or event not in EVENTS or not str(arguments[0]).startswith(str(run)):
+            return
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    train(config, run, say=lambda line: None)
+
+
+def main() -> None:
+    run, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    config: Config = from_dict(json.load(sys.stdin))
+    torch.set_num_threads(1)
+    chance, torn, killed, lives = random.Random(seed), 0, 0, 0
+    while True:
+        operations = chance.randint(1, MOST) if lives % 2 and killed < kills else None
+        delay = chance.uniform(0, LONGEST) if not lives % 2 and killed < kills else None
+        lives += 1
+        child = os.fork()
+        if not child:
+            try:
+                live(config, run, operations)
+                os._exit(0)
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+        if delay is not None:
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, f"life {lives} ended with status {status}"
+        killed += 1
+        torn += any((run / "checkpoints").glob(".tmp-*"))
+        if checkpoints.list_checkpoints(run):
+            checkpoints.load_model(run, "last")
+            checkpoints.load_model(run, "best")
+    print(json.dumps({"kills": killed, "torn": torn}))
+
+
+if __name__ == "__main__":
+    main()
