@@ -1,4 +1,4 @@
-"""Trains a run while killing it: forked from a process that has torch loaded, so that a life costs a fraction of a second.
+"""Trains a run while killing it. Lives are forked from a process that has torch loaded, and so take little time.
 
     python tests/killing.py RUN KILLS SEED        (the configuration as JSON on stdin)
 

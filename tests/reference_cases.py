@@ -142,7 +142,7 @@ class Comparison:
         relative: float = 0,
         layout: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """Compare with out/``key``, if recorded: the largest difference, and the relative L2 one, where allowed is given.
+        """Compare with out/``key``, if recorded: the largest difference or the relative L2 one, as is allowed.
 
         ``layout`` turns the recorded array into our layout.
         """

@@ -1,4 +1,4 @@
-"""Latents against enumeration: normaliser, marginals, KL, samples, and how far the SIMPLE gradient is from the true one."""
+"""Latents against enumeration: normaliser, marginals, KL, samples, and the bias of the SIMPLE gradient."""
 
 import itertools
 import math
@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from scipy import stats
-from toys import FLOAT, tensor
 from torch.nn import functional as F
 
 from nelbo.draws import Draws
@@ -20,6 +19,7 @@ from nelbo.latents import (
     log_binomial,
     sample_k_subset,
 )
+from toys import FLOAT, tensor
 
 N, K = 6, 3
 SUBSETS = torch.zeros(20, N, dtype=FLOAT)
@@ -46,7 +46,7 @@ def counts(c):
     return found
 
 
-# The exact k-subset posterior -----------------------------------------------------------------------------------------
+# The exact k-subset posterior ----------------------------------------------------------------------------------------
 
 
 def test_log_binomial():
@@ -184,7 +184,7 @@ def test_prior_is_uniform_over_subsets():
     assert torch.equal(c.sum(1), torch.full((500,), 15.0))
 
 
-# The SIMPLE gradient ---------------------------------------------------------------------------------------------------
+# The SIMPLE gradient -------------------------------------------------------------------------------------------------
 
 
 def functions():
@@ -240,15 +240,15 @@ def test_simple_gradient_is_exact_for_linear_functions():
 def test_simple_gradient_bias_is_as_measured(name, scale, cosine, bias):
     """SIMPLE's gradient of E f(c), its expectation over c enumerated, beside the enumerated gradient.
 
-    n = 6, k = 3, theta normal of standard deviation ``scale``: cosine and relative bias as stated. Near a flat posterior
-    it is off by a fifth to a third and points the right way (cosine 0.98); far from it, by half (cosine 0.7 to 0.9).
+    n = 6, k = 3, theta normal of standard deviation ``scale``: cosine and relative bias as stated. Near a flat
+    posterior it is off by a fifth to a third and points the right way (cosine 0.98); far from it by a half (0.7 to 0.9).
     """
     found = simple_bias(name, scale)
     assert found == pytest.approx((cosine, bias), abs=2e-3)
     assert found[0] > 0.7 and 0.2 < found[1] < 0.6
 
 
-# The paper's k-hot ----------------------------------------------------------------------------------------------------
+# The paper's k-hot ---------------------------------------------------------------------------------------------------
 
 
 def plackett_luce(theta):
@@ -332,7 +332,8 @@ def test_sum_of_gamma_noise():
     variance = (10 / 15) ** 2 * sum((i / 15) ** 2 for i in range(1, 11)) / 15  # of Gamma(1/15): 1/15
     assert math.sqrt(variance) == pytest.approx(0.2252, abs=1e-4)
     assert noise.double().std().item() == pytest.approx(math.sqrt(variance), rel=0.03)
-    assert noise.double().mean().item() == pytest.approx(10 / 15 * (55 / 225 - math.log(10)), abs=5 * 0.23 / 100_000**0.5)
+    mean = 10 / 15 * (55 / 225 - math.log(10))
+    assert noise.double().mean().item() == pytest.approx(mean, abs=5 * 0.23 / 100_000**0.5)
 
 
 def test_unknown_noise_is_refused():
@@ -340,7 +341,7 @@ def test_unknown_noise_is_refused():
         PaperKHot(N, K, "normal")
 
 
-# The others -----------------------------------------------------------------------------------------------------------
+# The others ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("step", "temperature"), [(0, 1.0), (50_000, 0.6065307), (200_000, 0.5), (69_315, 0.5)])

@@ -4,6 +4,12 @@ import math
 
 import pytest
 import torch
+
+from nelbo.latents import KHot, OneHot, PaperKHot
+from nelbo.objectives import diffusion_term, discrete_times, elbo, image_schedule_step, prior_term
+from nelbo.parameterizations import PARAMETERIZATIONS
+from nelbo.paths import PATHS
+from nelbo.schedules import Monotone, PixelMonotone, Polynomial, Schedule, default_gamma_0
 from toys import (
     FLOAT,
     build,
@@ -26,12 +32,6 @@ from toys import (
     uniform_pixel,
 )
 
-from nelbo.latents import KHot, LatentDraw, OneHot, PaperKHot
-from nelbo.objectives import diffusion_term, discrete_times, elbo, image_schedule_step, prior_term
-from nelbo.parameterizations import PARAMETERIZATIONS
-from nelbo.paths import PATHS
-from nelbo.schedules import Monotone, PixelMonotone, Polynomial, Schedule, default_gamma_0
-
 G0, G1 = -13.3, 5.0
 TOY_G0 = default_gamma_0(4)
 DEVIATIONS = [0.05, 0.3, 1.0, 1.7]
@@ -45,10 +45,12 @@ def network_schedule(kind, shape, ends, gamma_0=G0, gamma_1=G1, seed=0):
     schedule = Schedule(interior, gamma_0, gamma_1, ends).to(FLOAT)
     with torch.no_grad():
         for parameter in interior.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=random, dtype=FLOAT))
+            parameter.copy_(torch.randn(parameter.shape, generator=random, dtype=FLOAT))
         interior.l1.weight.fill_(2.0)
-        interior.l3.weight.mul_(40.0 if kind == "monotone" else 10.0)
-        interior.l2.weight.mul_(4.0)
+        interior.l2.weight.mul_(3.0)
+        interior.l3.weight.mul_(40.0)
+        if kind == "pixel-monotone":
+            interior.l_int.weight.mul_(0.15)
     return exact_ends(schedule, gamma_0, gamma_1)
 
 
@@ -129,7 +131,7 @@ def test_free_ends_per_pixel():
     assert found == pytest.approx(gaussian_diffusion(DEVIATIONS, *ends), rel=1e-9)
 
 
-# Gaussian data: the total -----------------------------------------------------------------------------------------------
+# Gaussian data: the total --------------------------------------------------------------------------------------------
 
 
 def expected_prior(toy, model):
@@ -166,7 +168,7 @@ def test_the_total_is_the_truth_and_two_mismatches(kind, path, scale, deviations
     ratio = marginal / scale**2
     prior_gap = 0.5 * (ratio - 1 - ratio.log()).sum()
     if path == "straight" and scale == pytest.approx(sigma_1.item()):
-        assert prior_gap > 0.01  # sigma_1 alone leaves alpha_1^2 s^2 out
+        assert prior_gap > 1e-4  # sigma_1 alone leaves alpha_1^2 s^2 out
     if len(deviations) == 3:
         assert prior_gap < 1e-12
     posterior = s_2 * noise / (s_2 + noise)  # var(x|z_0); its mean is z_0/alpha_0 shrunk by s^2/(s^2 + e^gamma_0)
@@ -211,7 +213,7 @@ def test_one_number_at_a_time():
             assert torch.allclose(diffusion_term(model, x, t, eps, steps=5), expected, rtol=1e-10)
 
 
-# Finite T ---------------------------------------------------------------------------------------------------------------
+# Finite T ------------------------------------------------------------------------------------------------------------
 
 
 def middles(steps):
@@ -222,7 +224,7 @@ def middles(steps):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", ["fixed linear", "polynomial"])
 def test_finite_t_approaches_from_above(kind, path):
-    """At every T the closed sum 1/2 sum (e^-gs - e^-gt) s^2/(1 + s^2 e^-gt); falling in T; the gap halves as T doubles."""
+    """At every T the closed sum 1/2 sum (e^-gs - e^-gt) s^2/(1 + s^2 e^-gt); it falls, the gap halves as T doubles."""
     toy = gaussian(DEVIATIONS)
     schedule = schedules(toy.shape)[kind]
     model = build(toy, schedule, path)
@@ -251,7 +253,7 @@ def test_discrete_times():
         assert t.item() == 1 and s.item() == pytest.approx((steps - 1) / steps)
 
 
-# A discretised toy: the whole bound ----------------------------------------------------------------------------------------
+# A discretised toy: the whole bound ----------------------------------------------------------------------------------
 
 
 def truth(toy, path, scale=1.0, gamma_0=TOY_G0, log_weights=None):
@@ -307,7 +309,7 @@ def test_the_bound_holds_at_finite_t():
     limit = entropy(toy) + sum(truth(toy, "vp"))
     totals = [expected_terms(toy, model, middles(steps), steps=steps).total.item() for steps in (1, 2, 4, 8, 64, 128)]
     assert totals == sorted(totals, reverse=True) and totals[-1] > limit
-    assert (totals[-2] - limit) / (totals[-1] - limit) == pytest.approx(2, abs=0.05)
+    assert (totals[-2] - limit) / (totals[-1] - limit) == pytest.approx(2, abs=0.1)
 
 
 @pytest.mark.parametrize("levels", [256, 17, 2])
@@ -326,6 +328,22 @@ def test_a_uniform_pixel_costs_log2_levels(levels):
         assert terms.reconstruction.item() / math.log(2) == pytest.approx(0.010, abs=5e-4)
 
 
+def test_elbo_uses_the_diffusion_term():
+    """The sums above take the diffusion from ``diffusion_term``: ``elbo`` gives the same numbers, row by row."""
+    toy = two_pixels()
+    model = build(toy, schedules(toy.shape, TOY_G0)["polynomial"], "straight", "velocity")
+    random = torch.Generator().manual_seed(0)
+    m, t = torch.randint(16, (40,), generator=random), torch.rand(40, generator=random, dtype=FLOAT)
+    eps, eps_0 = torch.randn(2, 40, 1, 1, 2, generator=random, dtype=FLOAT)
+    x, images = (v[m].reshape(40, 1, 1, 2) for v in (toy.means, toy.images))
+    for steps in (0, 10):
+        terms = elbo(model, images, t=t, eps=eps, eps_0=eps_0, steps=steps, dtype=FLOAT)
+        assert torch.equal(terms.diffusion, diffusion_term(model, x, t, eps, steps=steps))
+        gamma_1 = model.curve(None)(torch.ones(40, dtype=FLOAT))[0]
+        assert torch.equal(terms.prior, prior_term(model, x, gamma_1))
+        assert torch.equal(terms.latent, torch.zeros(40, dtype=FLOAT))
+
+
 def test_per_image_figures():
     """Each image's own bound; the probable ones cost less, and their mean is the whole figure."""
     toy = two_pixels()
@@ -337,7 +355,7 @@ def test_per_image_figures():
     assert torch.corrcoef(torch.stack([each, -toy.log_weights]))[0, 1].item() > 0.99
 
 
-# I-MMSE: the exact denoiser does not care, one that errs does ---------------------------------------------------------------
+# I-MMSE: the exact denoiser does not care, one that errs does --------------------------------------------------------
 
 
 def information(toy, path, gamma):
@@ -404,16 +422,16 @@ def test_a_wrong_denoiser_makes_the_schedule_matter(wrong):
         assert bounds["second pixel first"] > straight + 0.05
 
 
-# A schedule given c ~ q(c|x) ------------------------------------------------------------------------------------------------
+# A schedule given c ~ q(c|x) -----------------------------------------------------------------------------------------
 
 PROBABILITY = torch.linspace(0.05, 0.6, 16, dtype=FLOAT)[torch.randperm(16, generator=torch.Generator().manual_seed(2))]
 
 
-def expected_given_code(toy, latent, **fields):
+def expected_given_code(toy, latent, times=None):
     """E over x and a two-valued c ~ q(c|x) of the bound: numbers (total, valid_total), and the terms' latent."""
     inside, code = given_code(toy, PROBABILITY)
     logits = torch.stack([1 - PROBABILITY, PROBABILITY], 1).log()
-    model = build(inside, polynomial(toy.shape, TOY_G0, G1, seed=6, condition=2), latent=latent, **fields)
+    model = build(inside, polynomial(toy.shape, TOY_G0, G1, seed=6, condition=2), latent=latent)
     sums = torch.zeros(3, dtype=FLOAT)
     for value in range(2):
         wanted = torch.eye(2, dtype=FLOAT)[value]
@@ -425,7 +443,7 @@ def expected_given_code(toy, latent, **fields):
             assert torch.equal(drawn.c, wanted.expand(len(m), 2))
             return drawn
 
-        terms = expected_terms(inside, model, latent=draw)
+        terms = expected_terms(inside, model, times, latent=draw)
         sums += code[value] * torch.stack([terms.total, terms.valid_total, terms.latent])
     gaps = [truth(inside, "vp", log_weights=row) for row in inside.log_weights]
     mismatch = sum(float(p) * sum(gap) for p, gap in zip(code, gaps, strict=True))
@@ -434,8 +452,8 @@ def expected_given_code(toy, latent, **fields):
 
 @pytest.mark.parametrize("latent", [OneHot(2), KHot(2, 1)], ids=["one-hot", "k-hot"])
 def test_the_gap_of_a_latent_is_the_kl_of_its_aggregate(latent):
-    """E bound = entropy(x) + KL(q(c) || p(c)) + mismatches: the denoiser given c wins I(x; c) back, which E KL(q(c|x) ||
-    p(c)) = I(x; c) + KL(q(c) || p(c)) charges. q(c) is the aggregate posterior; the schedules of the two c differ."""
+    """E bound = entropy(x) + KL(q(c) || p(c)) + mismatches, q(c) the aggregate posterior: the denoiser given c wins
+    back the I(x; c) of E KL(q(c|x) || p(c)) = I(x; c) + KL(q(c) || p(c)). The schedules of the two c differ."""
     toy = two_pixels()
     (total, valid, charged), code, mismatch = expected_given_code(toy, latent)
     gap = (code * (2 * code).log()).sum().item()
@@ -447,12 +465,11 @@ def test_the_gap_of_a_latent_is_the_kl_of_its_aggregate(latent):
 def test_a_network_that_does_not_see_c_loses_the_information():
     """The exact denoiser of p(x) instead of p(x|c): the bound is worse by about I(x; c), as z alone does not tell c."""
     toy = two_pixels()
-    model_toy = two_pixels()
     inside, code = given_code(toy, PROBABILITY)
     latent = OneHot(2)
     logits = torch.stack([1 - PROBABILITY, PROBABILITY], 1).log()
     schedule = polynomial(toy.shape, TOY_G0, G1, seed=6, condition=2)
-    model = build(model_toy, schedule, latent=latent, network_sees_latent=False)
+    model = build(toy, schedule, latent=latent, network_sees_latent=False)
     total = 0.0
     for value in range(2):
         noise = 100 * torch.eye(2, dtype=FLOAT)[value]
@@ -468,12 +485,12 @@ def test_a_network_that_does_not_see_c_loses_the_information():
 def test_the_papers_k_hot_has_two_bounds():
     """The terms carry both charges; only the valid total uses log C(n, k)."""
     toy = two_pixels()
-    (total, valid, charged), _, _ = expected_given_code(toy, PaperKHot(2, 1))
+    (total, valid, charged), _, _ = expected_given_code(toy, PaperKHot(2, 1), gauss_legendre(1, 2))
     assert valid - total == pytest.approx(math.log(2) - charged, rel=1e-9)
     assert valid > total
 
 
-# c = x_0: a schedule that reads the image -----------------------------------------------------------------------------------
+# c = x_0: a schedule that reads the image ----------------------------------------------------------------------------
 
 
 def image_model(schedule, toy=None, **fields):
@@ -501,7 +518,7 @@ def reading(toy, seed=0, scale=1.0):
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in interior.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=random, dtype=FLOAT))
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=random, dtype=FLOAT))
     return Schedule(interior, TOY_G0, G1)
 
 
@@ -533,13 +550,17 @@ def test_the_term_is_the_kl_of_two_gaussians():
 
 
 def test_the_bound_holds_where_the_schedule_reads_the_image():
-    """Enumerated toy, T = 4 and 16: above the entropy; and what the paper saw, worse as T grows."""
+    """Enumerated toy: above the entropy at every T, and what the paper saw: from some T on it is worse as T grows, as q
+    and p differ in the width of every step."""
     toy = two_pixels()
     model = image_model(reading(toy, scale=0.3))
-    totals = [expected_terms(toy, model, middles(steps), steps=steps).total.item() for steps in (4, 64)]
-    assert min(totals) > entropy(toy)
-    print(totals)
-    assert totals[1] > totals[0]
+    totals = {}
+    for steps in (4, 64, 1024):
+        t, _ = middles(steps)
+        t = t[:: max(1, steps // 16)]  # at most 16 of the steps stand for all
+        totals[steps] = expected_terms(toy, model, (t, torch.full_like(t, 1 / len(t))), steps=steps).total.item()
+    assert min(totals.values()) > entropy(toy) + 0.1
+    assert totals[4] > totals[64] and totals[1024] > totals[64] + 0.5
 
 
 def test_a_schedule_that_reads_the_image_needs_steps():
@@ -549,7 +570,7 @@ def test_a_schedule_that_reads_the_image_needs_steps():
         diffusion_term(image_model(reading(toy)), x, tensor([0.5]), torch.zeros_like(x))
 
 
-# Variance minimisation ------------------------------------------------------------------------------------------------------
+# Variance minimisation -----------------------------------------------------------------------------------------------
 
 
 def one_pixel():
@@ -603,14 +624,16 @@ def test_variance_minimisation_sends_each_gradient_where_it_belongs(kind):
 
 
 def moments(model, toy):
-    """By quadrature: E[l], Var[l] of the diffusion estimator, and the variance over t of its mean given t."""
+    """By quadrature: E[l], Var[l] of the diffusion estimator, the variance over t of its mean given t, and
+    E_t sqrt(E[l^2|t])."""
     images, t, eps, weight = rows(toy, gauss_legendre(16, 8))
     with torch.no_grad():
         terms = bound(model, images, t, eps)
-    per_time = (weight * terms.diffusion).reshape(128, -1).sum(1) / weight.reshape(128, -1).sum(1)
     over = weight.reshape(128, -1).sum(1)
+    per_time, square = ((weight * v).reshape(128, -1).sum(1) / over for v in (terms.diffusion, terms.diffusion**2))
     mean = (weight * terms.diffusion).sum().item()
     return {
+        "root": (over * square.sqrt()).sum().item(),
         "bound": (weight * terms.total).sum().item(),
         "mean": mean,
         "variance": (weight * terms.diffusion**2).sum().item() - mean**2,
@@ -619,23 +642,33 @@ def moments(model, toy):
 
 
 def test_variance_minimisation_lowers_the_variance_and_keeps_the_bound():
-    """A monotone schedule trained with ``variance`` beside the straight one, exact denoiser.
+    """A monotone schedule trained with ``variance``, exact denoiser: from 18.9 to at most 10, and the bound stays.
 
-    The best possible second moment is (1/2 int sqrt(E err^4) d gamma)^2, at gamma' proportional to 1/sqrt(E err^4).
+    The best possible second moment is (E_t sqrt(m(t)))^2 = (1/2 int sqrt(E err^4) d gamma)^2, m the second moment given
+    t of the straight schedule; the trained one comes within 10 % of that optimum's variance. The gradient of the bound
+    itself, to which the interior does not matter, is zero: only ``variance`` moves it.
     """
     toy = one_pixel()
     torch.manual_seed(0)
-    schedule = Schedule(Monotone(TOY_G0, G1, 32), TOY_G0, G1).to(FLOAT)
+    schedule = Schedule(Monotone(TOY_G0, G1, 16), TOY_G0, G1).to(FLOAT)
     model = build(toy, schedule)
     before, straight = moments(model, toy), moments(build(toy, linear(TOY_G0, G1)), toy)
     assert before["variance"] == pytest.approx(straight["variance"], rel=0.01)
     images, t, eps, weight = rows(toy, gauss_legendre(8, 4), normal_grid(0.4, 5.0))
-    optimizer = torch.optim.Adam(schedule.parameters(), 0.1)
+    sizes = []
+    for variance in (False, True):
+        loss = (weight * bound(model, images, t, eps, variance=variance).total).sum()
+        gradient = torch.autograd.grad(loss, list(schedule.parameters()), allow_unused=True)
+        sizes.append(sum(g.norm().item() for g in gradient if g is not None))
+    assert sizes[0] < 1e-4 * sizes[1]
+    optimizer = torch.optim.Adam(schedule.parameters(), 0.3)
     for _ in range(150):
         optimizer.zero_grad()
         (weight * bound(model, images, t, eps, variance=True).total).sum().backward()
         optimizer.step()
     after = moments(model, toy)
-    print(before, after)
-    assert after["bound"] == pytest.approx(before["bound"], rel=1e-6)
-    assert after["variance"] < before["variance"]
+    best = straight["root"] ** 2 - straight["mean"] ** 2
+    assert after["bound"] == pytest.approx(before["bound"], rel=1e-8)
+    assert after["variance"] < 0.55 * before["variance"]
+    assert best < after["variance"] < 1.1 * best
+    assert after["over t"] < 0.4 * before["over t"]

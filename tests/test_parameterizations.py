@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from toys import FLOAT, tensor
 
 from nelbo.parameterizations import PARAMETERIZATIONS, Noise, Velocity, velocity_from_epsilon
 from nelbo.paths import PATHS, VariancePreserving
+from toys import FLOAT, tensor
 
 PAIRS = [(path, name) for path in PATHS for name in PARAMETERIZATIONS]
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from toys import FLOAT, tensor
 
 from nelbo.paths import PATHS, Straight, VariancePreserving
+from toys import FLOAT, tensor
 
 GAMMAS = torch.linspace(-15, 12, 55, dtype=FLOAT)
 

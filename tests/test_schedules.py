@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from toys import FLOAT, gauss_legendre, tensor
 
 from nelbo.objectives import GradientScale
 from nelbo.schedules import INTERIORS, Linear, Monotone, PixelMonotone, Polynomial, Schedule, default_gamma_0
+from toys import FLOAT, gauss_legendre, tensor
 
 G0, G1 = -13.3, 5.0
 SHAPE, CODES, BATCH = (2, 3, 2), 5, 4
@@ -24,6 +24,7 @@ def randomise(module, scale, seed=0):
 
 def make(kind, ends, condition=0, seed=0):
     """A schedule of each kind with parameters far from their first values."""
+    torch.manual_seed(seed)
     if kind == "linear":
         interior = Linear()
     elif kind == "monotone":
@@ -110,7 +111,7 @@ def test_free_ends_move():
 
 
 def test_default_gamma_0():
-    """-13.3 at 256 levels, -7.876 at 17; the ratio of the noise's deviation to the width of a bin is always the same."""
+    """-13.3 at 256 levels, -7.876 at 17; the ratio of the noise's deviation to a bin's width is always the same."""
     assert default_gamma_0(256) == -13.3
     assert default_gamma_0(17) == pytest.approx(-7.876, abs=5e-4)
     for levels in (2, 3, 17, 100, 256):

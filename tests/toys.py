@@ -272,8 +272,8 @@ def expected_terms(toy, model, times=None, grid=None, steps=0, latent=None, per_
     """E over images, t, eps and eps_0 of the bound of a discrete toy: Terms of numbers, nats.
 
     The diffusion is integrated by itself; ``objectives.elbo`` gives the other terms, which do not depend on t.
-    ``latent(m)`` gives the LatentDraw of components m; the toy is then weighted by p(x|c) of that draw, so that a caller
-    can sum over c. ``per_image``: (M,) numbers, for each image.
+    ``latent(m)`` gives the LatentDraw of components m; the toy is then weighted by p(x|c) of that draw, so that a
+    caller can sum over c. ``per_image``: (M,) numbers, for each image.
     """
     zeta, weights = product_grid(*(grid or normal_grid()), toy.dimensions)
     m, j = torch.cartesian_prod(torch.arange(len(toy.means)), torch.arange(len(zeta))).T

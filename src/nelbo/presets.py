@@ -128,8 +128,9 @@ def mulan_label_digits() -> Config:
 
 def mulan_image_digits() -> Config:
     """Ablation: c is the image itself (c = x_0), T = 100."""
-    base = _mulan(_digits(), latent=LatentConfig(kind="image"), parameterization="data")
-    return replace(base, objective=replace(base.objective, steps=100))
+    base = _mulan(_digits())
+    objective = replace(base.objective, steps=100)
+    return replace(base, latent=LatentConfig(kind="image"), parameterization="data", objective=objective)
 
 
 def mulan_one_hot_digits() -> Config:

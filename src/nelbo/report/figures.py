@@ -169,6 +169,16 @@ def _duration_unit(seconds: float) -> tuple[float, str]:
     return 1.0, "seconds"
 
 
+def _legend(axes: Any) -> None:
+    """A legend above the axes, where there is more than one thing to tell apart and not too many."""
+    handles, labels = axes.get_legend_handles_labels()
+    if 1 < len(labels) <= 2 * len(RUN_COLOURS):
+        columns = 3 if max(map(len, labels)) < 13 else 2
+        legend = axes.legend(handles, labels, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
+        for line in legend.get_lines():
+            line.set(alpha=1, linewidth=1.6)
+
+
 def _smooth(values: np.ndarray) -> np.ndarray:
     """A centred moving average over about a thirtieth of the points, shorter at the ends."""
     window = np.ones(2 * (len(values) // 60) + 1)
@@ -195,10 +205,9 @@ def training(runs: Sequence[Run], against: str, label: str) -> Markup:
         for run in runs:
             train, validation, colour = run.curves.train, run.curves.validation, _colour(run.number)
             if len(train):
-                name = f"{short(run.name)}, training"
                 axes.plot(train[:, column] / scale, train[:, 2], color=colour, linewidth=0.7, alpha=0.25)
                 x, y = train[:, column] / scale, _smooth(train[:, 2])
-                axes.plot(x, y, _dash(run.number), color=colour, label=name)
+                axes.plot(x, y, _dash(run.number), color=colour, label=short(run.name))
             if len(validation):
                 axes.errorbar(
                     validation[:, column] / scale,
@@ -209,14 +218,12 @@ def training(runs: Sequence[Run], against: str, label: str) -> Markup:
                     markersize=3.5,
                     linewidth=1,
                     capsize=2,
-                    label=f"{short(run.name)}, validation",
                 )
         axes.set_ylim(top=_ceiling(runs))
         axes.set_xlim(left=0)
         axes.set_xlabel(unit if against == "step" else f"{unit} of training")
         axes.set_ylabel("bits/dim")
-        if len(runs) <= 4:
-            axes.legend(loc="upper right")
+        _legend(axes)
 
     return _draw(paint, label)
 
@@ -233,8 +240,7 @@ def latent_cost(runs: Sequence[Run], label: str) -> Markup:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("steps")
         axes.set_ylabel("latent term, bits per image")
-        if 1 < len(runs) <= 8:
-            axes.legend(loc="best")
+        _legend(axes)
 
     return _draw(paint, label)
 
@@ -273,8 +279,7 @@ def by_time(runs: Sequence[Run], label: str) -> Markup:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("t  (0: image, 1: noise)")
         axes.set_ylabel("diffusion, bits/dim")
-        if 1 < len(runs) <= 8:
-            axes.legend(loc="best")
+        _legend(axes)
 
     return _draw(paint, label)
 
@@ -302,15 +307,11 @@ def schedule_change(t: np.ndarray, change: np.ndarray, label: str) -> Markup:
         for draw, lines in enumerate(change):
             alpha = 0.5 if lines.shape[1] > 1 else 1.0
             drawn = axes.plot(t, lines, color=DRAW_COLOURS[draw], linewidth=0.8, alpha=alpha)
-            if len(change) > 1:
-                drawn[0].set_label(f"draw {draw + 1} of c")
+            drawn[0].set_label(f"draw {draw + 1} of c")
         axes.set_xlim(0, 1)
         axes.set_xlabel("t  (0: image, 1: noise)")
         axes.set_ylabel("log SNR − linear")
-        if len(change) > 1:
-            legend = axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-            for line in legend.get_lines():
-                line.set(alpha=1, linewidth=1.6)
+        _legend(axes)
 
     return _draw(paint, label)
 
@@ -338,6 +339,6 @@ def schedule_comparison(lines: Sequence[tuple[Run, np.ndarray, np.ndarray]], lab
         axes.set_xlim(0, 1)
         axes.set_xlabel("t  (0: image, 1: noise)")
         axes.set_ylabel("log SNR − linear, mean")
-        axes.legend(loc="best")
+        _legend(axes)
 
     return _draw(paint, label)

@@ -64,8 +64,9 @@ def write_report(runs: list[Path], out: Path, checkpoint: str = "best") -> Path:
 
     A folder that is no run, or a file in it that cannot be read, raises UserError.
     """
-    loaded = read_runs([Path(run) for run in runs], checkpoint)
-    out = Path(out)
+    if checkpoint not in ("best", "last") and not checkpoint.isdecimal():
+        raise UserError(f"the checkpoint must be best, last or a step, got {checkpoint!r}")
+    loaded, out = read_runs([Path(run) for run in runs], checkpoint), Path(out)
     if out.is_dir():
         raise UserError(f"the page must be a file, got the folder {out}")
     checkpoints.write_aside(out, _render(loaded))
@@ -88,7 +89,7 @@ def _render(runs: list[Run]) -> str:
     groups = tables.group_runs(runs)
     sources = _Sources()
     models = [_load_model(run) for run in runs]
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         css=(here / "page.css").read_text(encoding="utf-8"),
         runs=runs,
@@ -102,6 +103,7 @@ def _render(runs: list[Run]) -> str:
         schedules=_schedules(runs, models, sources),
         settings=_settings(runs),
     )
+    return page.lstrip()
 
 
 class _Sources:
@@ -217,7 +219,8 @@ def _training(group: Group) -> Block:
     if latent:
         last = "; ".join(f"{run.name} {run.curves.train[-1, 3] * run.dimensions:.3g}" for run in latent)
         svg = figures.latent_cost(latent, f"Latent term in bits per image over steps, at the end: {last}.")
-        block.figures.append(Figure("What the latent is charged, as its authors compute it, over training.", svg))
+        caption = "What the latent is charged over training; for the paper's k-hot, as published."
+        block.figures.append(Figure(caption, svg))
     return block
 
 

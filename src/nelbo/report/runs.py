@@ -174,15 +174,10 @@ def read_runs(paths: list[Path], checkpoint: str = "best") -> list[Run]:
 
 def _read_run(path: Path, name: str, number: int, checkpoint: str) -> Run:
     info, file = checkpoints.read_run(path), path / "run.json"
-    for key in ("config", "data", "versions", "parameters_by_part"):
-        _entry(info, key, dict, file)
-    _entry(info, "parameters", int, file)
-    for key in ("data.name", "data.version", "preset", "config.data.source"):
-        _entry(info, key, str, file)
-    shape = _entry(info, "data.shape", list, file)
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise UserError(f"{file}: data.shape must be [channels, height, width], got {shape!r}")
-    levels = _entry(info, "data.levels", int, file)
+    for key, kind in (("preset", str), ("parameters", int), ("parameters_by_part", dict), ("versions", dict)):
+        _entry(info, key, kind, file)
+    _entry(info, "config.data.source", str, file)
+    shape, levels = info["data"]["shape"], info["data"]["levels"]
     if not 2 <= levels <= 256:
         raise UserError(f"{file}: data.levels must lie in 2 .. 256, got {levels}")
     evaluations = [_evaluation(e) for e in sorted((path / "evaluations").glob("[!.]*.json"))]

@@ -148,15 +148,10 @@ def provenance(e: Evaluation) -> str:
     return " · ".join(parts)
 
 
-def _baseline_rows(group: Group, before: int = 0, after: int = 0, notes: bool = False) -> list[Row]:
-    """The classical baselines as rows: their figure between blank cells; ``notes``, how each was measured."""
+def _baseline_rows(group: Group, blanks: int, notes: bool = False) -> list[Row]:
+    """The classical baselines as rows: their figure and blank cells; ``notes``, how each was measured."""
     return [
-        Row(
-            label,
-            [Cell("")] * before + [_cell(b.value)] + [Cell("")] * after,
-            b.note if notes else "",
-            kind="baseline",
-        )
+        Row(label, [_cell(b.value)] + [Cell("")] * blanks, b.note if notes else "", kind="baseline")
         for label, b in group.baselines
     ]
 
@@ -182,7 +177,7 @@ def figures_table(group: Group) -> Table:
     if not group.baselines:
         notes.append("No evaluation carries the classical baselines; nelbo evaluate measures them.")
     head = ["", "bits/dim", "draws' own error"]
-    rows += _baseline_rows(group, after=1, notes=True)
+    rows += _baseline_rows(group, 1, notes=True)
     return Table(f"Bits per dimension on {group.title}: lower is better", head, rows, notes)
 
 
@@ -191,7 +186,7 @@ def evaluations_table(group: Group) -> Table | None:
     if all(len(run.evaluations) < 2 for run in group.runs):
         return None
     rows = [row for run in group.runs for e in run.evaluations for row in _figure_rows(run, e, f"{run.name}: {e.stem}")]
-    return Table("Every evaluation", ["", "bits/dim", "draws' own error"], rows + _baseline_rows(group, after=1))
+    return Table("Every evaluation", ["", "bits/dim", "draws' own error"], rows + _baseline_rows(group, 1))
 
 
 def difference(a: Run, b: Run) -> tuple[Estimate, bool]:
@@ -254,15 +249,15 @@ def terms_table(group: Group) -> Table:
     for run in group.evaluated:
         e = run.headline
         assert e is not None
-        common = [_cell(e.terms[name]) for name in ("prior", "reconstruction", "diffusion")]
+        common = [_cell(e.terms[name]) for name in ("diffusion", "reconstruction", "prior")]
         valid = e.terms.get("valid_latent", e.terms["latent"])
-        rows.append(Row(run.name, [*common, _cell(valid), _cell(e.value)], number=run.number))
+        rows.append(Row(run.name, [_cell(e.value), _cell(valid), *common], number=run.number))
         if e.published is not None:
-            cells = [*common, _cell(e.terms["latent"]), _cell(e.published)]
+            cells = [_cell(e.published), _cell(e.terms["latent"]), *common]
             rows.append(Row(f"{run.name}{PUBLISHED}", cells, "not a bound", run.number, "published"))
-    head = ["", "prior", "reconstruction", "diffusion", "latent", "sum"]
-    notes = ["The classical baselines have no such terms; their figures stand in the last column."]
-    rows += _baseline_rows(group, before=4)
+    head = ["", "sum", "latent", "diffusion", "reconstruction", "prior"]
+    notes = ["The classical baselines have no such terms; their figures stand under the sum."]
+    rows += _baseline_rows(group, 4)
     return Table("The four terms of the bound, bits/dim", head, rows, notes if group.baselines else [])
 
 
@@ -333,11 +328,11 @@ def latent_sentences(run: Run, use: dict[str, Any] | None) -> list[str]:
     if e is not None and kind != "image":
         valid = e.terms.get("valid_latent", e.terms["latent"])
         d = run.dimensions
-        bits = [f"{_short(d * v.mean)} ± {_short(d * v.error)} bits an image, {_short(v.mean)} bits/dim"
+        bits = [f"{_short(d * v.mean, digits=4)} bits an image, {_short(v.mean)} bits/dim"
                 for v in (valid, e.terms["latent"])]  # fmt: skip
         where = f"{e.split} split, {e.images} images"
         if e.published is None:
-            sentences.append(f"The latent ({kind}) costs {bits[0]} ({where}): on average c tells no more of an image.")
+            sentences.append(f"The latent ({kind}) costs {bits[0]} ({where}): c tells on average no more of an image.")
         else:
             sentences.append(f"The latent ({kind}) is charged {bits[0]} in the valid bound (log C(n, k), which bounds "
                              f"its KL); its authors charge {bits[1]} ({where}).")  # fmt: skip
@@ -347,38 +342,38 @@ def latent_sentences(run: Run, use: dict[str, Any] | None) -> list[str]:
     between = max(use["between_images"]["rms"])
     worst = spread["t"][spread["mean"].index(max(spread["mean"]))]
     source = "the image itself" if kind == "image" else f"c ~ q(c|x), {use['draws']} draws"
-    sentences.append(
-        f"Over {use['images']} test images and {source}, γ spreads by {_nats(largest)}, "
-        f"{_short(100 * use['largest_spread_share'])} % of its range of {use['range']:.2f} (standard deviation, mean "
-        f"over pixels, at t = {worst:g}, where it is largest; {_nats(max(spread['max']))} at the worst pixel). "
-        f"Between images it spreads by {_nats(between)}; chance alone gives up to {_nats(use['chance'])}."
-    )
-    rule = (f"rule: it does where γ spreads between images by {use['spread_rule']:g} nats at some t, and more than by "
-            "chance")  # fmt: skip
     if use["schedule_uses_latent"]:
         verdict = "The schedule uses the latent"
     elif largest >= use["spread_rule"]:
         verdict = "The schedule does not use the latent: γ moves with c, but c as good as ignores the image"
     else:
         verdict = "The schedule does not use the latent: γ hardly moves with c"
-    sentences.append(f"{verdict} ({rule}).")
+    sentences.append(
+        f"{verdict}. Over {use['images']} test images and {source}, γ spreads by {_nats(largest)}, "
+        f"{_short(100 * use['largest_spread_share'])} % of its range of {use['range']:.2f} (standard deviation, mean "
+        f"over pixels, at t = {worst:g}, where it is largest; {_nats(max(spread['max']))} where it moves most). "
+        f"Between images it spreads by {_nats(between)}; chance alone gives up to {_nats(use['chance'])} (rule: used "
+        f"where γ spreads between images by {use['spread_rule']:g} nats at some t, and by more than chance)."
+    )
     if use["denoiser_gain"] is not None:
         gain, change = use["denoiser_gain"], max(use["denoiser_change"]["mean"])
         verdict = "uses" if use["denoiser_uses_latent"] else "does not use"
         sentences.append(
             f"The denoiser {verdict} the latent (which also tells it the γ of each pixel). With the c of another image "
             f"its ε̂ changes by up to {_short(100 * change)} % of its error, and its squared error by "
-            f"{_short(100 * gain['mean'], True)} ± {_short(100 * gain['standard_error'])} % (rule: it does where this is "
+            f"{_short(100 * gain['mean'], True)} ± {_short(100 * gain['standard_error'])} % (rule: used where this is "
             f"{100 * use['gain_rule']:g} % or more, and two standard errors)."
         )
     return sentences
 
 
-def _short(value: float, sign: bool = False) -> str:
-    """Two significant digits, all digits of whole numbers, no exponent."""
+def _short(value: float, sign: bool = False, digits: int = 2) -> str:
+    """So many significant digits, all those before the point, no exponent."""
     if not math.isfinite(value):
         return "–"
-    digits = max(2, len(str(int(abs(value)))))
+    if 0 < abs(value) < 1e-6:
+        return "less than 0.000001"
+    digits = max(digits, len(str(int(abs(value)))))
     text = np.format_float_positional(value, digits, unique=False, fractional=False, trim="-", sign=sign)
     return text.replace("-", "−")
 

@@ -1,0 +1,507 @@
+r"""How fast a training step is, beside what the machine can do at best.
+
+Measured in one process, interleaved (step, convolutions, matrix products; again), each as median with min..max:
+
+- **step**: ``Trainer.take_step`` of ``nelbo.training`` itself, on random uint8 images in memory: batch, noise, forward,
+  backward, clipping, AdamW, moving average. Nothing is copied from the library to be timed here.
+- **convolutions alone**: every convolution that a real step ran is recorded in it (shapes, strides, precision, which
+  gradients were asked for) and run again by itself, forward and backward, each as often as it occurred. The figure
+  that the step is held against is that of the 3x3 convolutions; that of all, with 1x1 shortcuts, is given beside it.
+- **GEMM**: the best of several square matrix products, by ``torch.mm`` and by a 1x1 convolution (the two go to
+  different libraries), in the same precision.
+
+Operations are counted from shapes, in a real step:
+
+    (1)  convolution  2 B H' W' C_out (C_in/groups) K_h K_w    dense  2 rows in out    attention  2 * 2 B N^2 E
+    (2)  step = 3 * forward: the backward pass is two products of the size of the forward pass's one. A convolution
+         whose input needs no gradient counts 2 * forward. What checkpointing computes again is not counted.
+
+``--sweep`` varies levels, channels, pixels and batch one at a time, each with and without checkpointing, and reports
+time and peak memory: the largest resident set (VmHWM) of a fresh process that takes the steps, less the resident set
+just before its model was built. ``--profile`` adds the time by operator.
+
+    python benchmarks/training_step.py --out step.json
+    python benchmarks/training_step.py --sweep --out sweep.json
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nelbo.config import Config
+from nelbo.data import Dataset
+from nelbo.presets import preset
+from nelbo.training import Trainer
+
+FORMULA = (
+    "convolution 2 B H W C_out C_in K K, dense 2 rows in out, attention 4 B N^2 E; step = 3 * forward "
+    "(2 * forward where a convolution's input needs no gradient); recomputation not counted"
+)
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+GEMM_SIZES = (512, 1024, 2048)
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured. The defaults are the size at which the project states its efficiency."""
+
+    preset: str = "vdm-cifar10"
+    """The preset whose step is taken; the fields below override it."""
+    channels: int = 128
+    """Channels of the network. Groups are the preset's, or a quarter of the channels where those do not fit."""
+    levels: int = 8
+    """Residual blocks on the way down."""
+    batch: int = 8
+    """Images in a step."""
+    size: int = 32
+    """Height and width of the images."""
+    image_channels: int = 3
+    """Channels of the images."""
+    grey_levels: int = 256
+    """Values a pixel can take."""
+    precision: tuple[Literal["float32", "bf16"], ...] = ("float32", "bf16")
+    """Precisions of the network, one after the other."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass (the sweep does both)."""
+    threads: int | None = None
+    """Threads. By default torch's choice."""
+    repeats: int = 7
+    """Interleaved repeats, after a warm-up."""
+    sweep: bool = False
+    """Vary levels, channels, pixels and batch, one at a time, instead."""
+    profile: bool = False
+    """Also print the time of a step by operator."""
+    out: Path | None = None
+    """A JSON file for all figures."""
+
+
+# The step -------------------------------------------------------------------------------------------------------------
+
+
+def configure(case: Case, precision: str) -> Config:
+    """The preset's configuration at the case's size."""
+    config = preset(case.preset)
+    groups = config.network.groups
+    if case.channels % groups or case.channels == groups:
+        groups = max(case.channels // 4, 1)
+    return replace(
+        config,
+        network=replace(
+            config.network, channels=case.channels, levels=case.levels, groups=groups, checkpointing=case.checkpointing
+        ),
+        training=replace(config.training, batch=case.batch, precision=precision),
+    )
+
+
+def make_trainer(case: Case, precision: str) -> Trainer:
+    """The library's trainer on random images. Weights that start at 0 get small numbers, as in a run under way."""
+    draw = np.random.default_rng(0)
+    images = draw.integers(
+        0, case.grey_levels, (4 * case.batch, case.image_channels, case.size, case.size), dtype=np.uint8
+    )
+    labels = draw.integers(0, 10, len(images))
+    data = Dataset(
+        "random", "0", {"train": images, "validation": images[:1], "test": images[:1]},
+        {"train": labels, "validation": labels[:1], "test": labels[:1]}, case.grey_levels, "random images",
+    )  # fmt: skip
+    trainer = Trainer(configure(case, precision), Path("unused"), data)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.01)
+    return trainer
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution as a step ran it: (shape, stride) of its tensors, and which gradients were asked for."""
+
+    gradient: tuple[tuple[int, ...], tuple[int, ...]]
+    input: tuple[tuple[int, ...], tuple[int, ...]]
+    weight: tuple[tuple[int, ...], tuple[int, ...]]
+    dtype: torch.dtype
+    bias: bool
+    settings: tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
+    mask: tuple[bool, ...]  # gradients asked for: input, weight, bias
+
+    @property
+    def forward_flops(self) -> int:
+        """Equation (1)."""
+        return 2 * math.prod(self.gradient[0]) * math.prod(self.weight[0][1:])
+
+    @property
+    def flops(self) -> int:
+        """Equation (2)."""
+        return self.forward_flops * (1 + self.mask[0] + self.mask[1])
+
+    @property
+    def is_3x3(self) -> bool:
+        """Whether the kernel is 3x3."""
+        return self.weight[0][2:] == (3, 3)
+
+    def __str__(self) -> str:
+        shape = self.weight[0]
+        channels_last = self.input[1][1] == 1 and self.input[0][1] > 1
+        return (
+            f"{shape[2]}x{shape[3]} {shape[1]}->{shape[0]} {'channels last' if channels_last else 'contiguous'}"
+            f"{'' if self.mask[0] else ', no input gradient'}"
+        )
+
+    def runner(self, device: Any) -> Callable[[], None]:
+        """A function that runs it by itself, forward and backward."""
+        gradient, x, weight = (
+            torch.empty_strided(*layout, dtype=self.dtype, device=device).normal_()
+            for layout in (self.gradient, self.input, self.weight)
+        )
+        bias = torch.zeros(len(weight), dtype=self.dtype, device=device) if self.bias else None
+        sizes = [len(weight)] if self.bias else None
+
+        def run() -> None:
+            aten.convolution(x, weight, bias, *self.settings)
+            aten.convolution_backward(gradient, x, weight, sizes, *self.settings, self.mask)
+
+        return run
+
+
+class Recorder(TorchDispatchMode):
+    """Within it, a step's operations are counted by kind and its convolutions collected.
+
+    It sees each operation as it reaches the kernels, after autocast: precision and memory format are the real ones.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward_flops: Counter[str] = Counter()
+        self.convolutions: Counter[Convolution] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "convolution_backward":
+            gradient, x, weight, sizes, *settings, mask = args
+            layouts = ((tuple(v.shape), v.stride()) for v in (gradient, x, weight))
+            settings = tuple(tuple(v) if isinstance(v, list) else v for v in settings)
+            self.convolutions[Convolution(*layouts, x.dtype, sizes is not None, settings, tuple(mask))] += 1
+        elif torch._C._current_graph_task_id() == -1:  # not in the backward pass, where recomputation also happens
+            if name in ("mm", "bmm", "addmm", "baddbmm"):
+                left = args[1] if "add" in name else args[0]
+                self.forward_flops["attention" if "bmm" in name else "dense"] += 2 * result.numel() * left.shape[-1]
+            elif name.startswith("_scaled_dot_product"):
+                query, key = args[:2]
+                self.forward_flops["attention"] += 4 * query.numel() * key.shape[-2]
+        return result
+
+    def flops(self) -> dict[str, int]:
+        """Operations of the step by kind, equation (2)."""
+        convolutions = sum(count * c.flops for c, count in self.convolutions.items())
+        counts = {"convolution": convolutions} | {kind: 3 * n for kind, n in sorted(self.forward_flops.items())}
+        return counts | {"total": sum(counts.values())}
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+
+
+def timed(run: Callable[[], object], times: int = 1) -> float:
+    """Seconds that one run takes, the mean of several."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    begun = time.perf_counter()
+    for _ in range(times):
+        run()
+    wait()
+    return (time.perf_counter() - begun) / times
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, min and max."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def gemms(dtype: torch.dtype, device: Any) -> dict[str, tuple[int, Callable[[], object]]]:
+    """Matrix products: name -> (operations, function)."""
+    runs: dict[str, tuple[int, Callable[[], object]]] = {}
+    for n in GEMM_SIZES:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        image = a.T.reshape(1, n, n, 1).to(memory_format=torch.channels_last)
+        kernel = b.reshape(n, n, 1, 1)
+        runs[f"mm {n}"] = 2 * n**3, lambda a=a, b=b: torch.mm(a, b)
+        runs[f"1x1 convolution {n}"] = 2 * n**3, lambda x=image, w=kernel: torch.conv2d(x, w)
+    return runs
+
+
+def measure(case: Case, precision: str) -> dict[str, Any]:
+    """The step, its convolutions alone and the matrix products, interleaved."""
+    trainer = make_trainer(case, precision)
+    device = trainer.accelerator.device
+    trainer.take_step()
+    with Recorder() as recorder:
+        trainer.take_step()
+    flops = recorder.flops()
+    alone = {c: c.runner(device) for c in recorder.convolutions}
+    products = gemms(DTYPES[precision], device)
+    often = {}  # short ones are repeated, so that each takes some 20 ms
+    for key, run in [*alone.items(), *((name, run) for name, (_, run) in products.items())]:
+        run()
+        often[key] = max(1, math.ceil(0.02 / timed(run)))
+    samples: dict[str, list[float]] = {}
+    shapes: dict[Convolution, list[float]] = {c: [] for c in alone}
+    best: Counter[str] = Counter()
+
+    def add(name: str, value: float) -> None:
+        samples.setdefault(name, []).append(value)
+
+    for _ in range(case.repeats):
+        seconds = timed(trainer.take_step)
+        times = {c: timed(run, often[c]) for c, run in alone.items()}
+        rates = {name: n / timed(run, often[name]) / 1e9 for name, (n, run) in products.items()}
+        peak = max(rates, key=lambda name: rates[name])
+        best[peak] += 1
+        rate = flops["total"] / seconds / 1e9
+        add("seconds_per_step", seconds)
+        add("images_per_second", case.batch / seconds)
+        add("gflops", rate)
+        add("gemm_gflops", rates[peak])
+        for name, chosen in (("convolutions_3x3", [c for c in alone if c.is_3x3]), ("convolutions", list(alone))):
+            counts = recorder.convolutions
+            taken = sum(counts[c] * times[c] for c in chosen)
+            conv_rate = sum(counts[c] * c.flops for c in chosen) / taken / 1e9
+            add(f"{name}_gflops", conv_rate)
+            add(f"step_over_{name}", rate / conv_rate)
+            add(f"{name}_share_of_time", taken / seconds)
+        add("step_over_gemm", rate / rates[peak])
+        for c, value in times.items():
+            shapes[c].append(value)
+    return {
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "flops_per_step": flops,
+        "gemm": best.most_common(1)[0][0],
+        **{name: spread(values) for name, values in samples.items()},
+        "convolutions": [
+            {
+                "kernel": str(c), "input": list(c.input[0]), "count": recorder.convolutions[c], "flops": c.flops,
+                "seconds": spread(values), "gflops": c.flops / statistics.median(values) / 1e9,
+            }
+            for c, values in shapes.items()
+        ],
+    }  # fmt: skip
+
+
+def profile(case: Case, precision: str, steps: int = 3, rows: int = 20) -> list[dict[str, Any]]:
+    """Self time by operator, ms a step, the largest first."""
+    trainer = make_trainer(case, precision)
+    for _ in range(2):
+        trainer.take_step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        for _ in range(steps):
+            trainer.take_step()
+    averages = record.key_averages()
+    total = sum(e.self_cpu_time_total for e in averages)
+    largest = sorted(averages, key=lambda e: -e.self_cpu_time_total)[:rows]
+    return [
+        {
+            "operator": e.key,
+            "calls": e.count / steps,
+            "ms": e.self_cpu_time_total / steps / 1e3,
+            "share": e.self_cpu_time_total / total,
+        }
+        for e in largest
+    ]
+
+
+# Growth ---------------------------------------------------------------------------------------------------------------
+
+
+def resident(largest: bool = False) -> int:
+    """Bytes of this process in memory now, or at the most so far."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["VmHWM" if largest else "VmRSS"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux: the largest is all that can be asked for
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def measure_point(case: Case, precision: str) -> dict[str, Any]:
+    """Time and peak memory of a case, for a fresh process."""
+    if case.threads:
+        torch.set_num_threads(case.threads)
+    before = resident()
+    trainer = make_trainer(case, precision)
+    seconds = [timed(trainer.take_step) for _ in range(1 + case.repeats)][1:]
+    if trainer.accelerator.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resident(largest=True) - before
+    with Recorder() as recorder:
+        trainer.take_step()
+    return {
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "flops_per_step": recorder.flops()["total"],
+        "seconds_per_step": spread(seconds),
+        "peak_bytes": memory,
+    }
+
+
+def points(case: Case) -> list[tuple[str, int, Case]]:
+    """The base, and each of levels, channels, pixels and batch halved and doubled: (what, value, case)."""
+    found = [("base", 0, case)]
+    for name in ("levels", "channels", "size", "batch"):
+        value = getattr(case, name)
+        for changed in (value // 2, 2 * value):
+            if changed:
+                what, shown = ("pixels", changed**2) if name == "size" else (name, changed)
+                found.append((what, shown, replace(case, **{name: changed})))
+    return found
+
+
+def sweep(case: Case, precision: str) -> list[dict[str, Any]]:
+    """All points, each in a fresh process, with and without checkpointing."""
+    rows = []
+    for what, value, point in points(case):
+        row: dict[str, Any] = {"what": what, "value": value}
+        for name, checkpointing in (("plain", False), ("checkpointing", True)):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                row[name] = pool.submit(
+                    measure_point, replace(point, checkpointing=checkpointing), precision
+                ).result()  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+# Report ---------------------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model, flags = platform.processor() or platform.machine(), set[str]()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+    except OSError:
+        pass
+    return {
+        "torch": torch.__version__,
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "flags": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "load": [round(v, 2) for v in os.getloadavg()],
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned Markdown."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+def show(values: dict[str, float], scale: float = 1, digits: int = 0) -> str:
+    """median (min..max)."""
+    median, low, high = (f"{scale * values[k]:.{digits}f}" for k in ("median", "min", "max"))
+    return f"{median} ({low}..{high})"
+
+
+def show_measurement(results: dict[str, dict[str, Any]]) -> str:
+    """The table of ``measure``."""
+    lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("whole step, ms", lambda r: show(r["seconds_per_step"], 1e3)),
+        ("whole step, images/s", lambda r: show(r["images_per_second"], digits=2)),
+        ("whole step, GFLOP/s", lambda r: show(r["gflops"])),
+        ("3x3 convolutions alone, GFLOP/s", lambda r: show(r["convolutions_3x3_gflops"])),
+        ("all convolutions alone, GFLOP/s", lambda r: show(r["convolutions_gflops"])),
+        ("GEMM peak, GFLOP/s", lambda r: f"{show(r['gemm_gflops'])}, {r['gemm']}"),
+        ("**step / 3x3 convolutions, %**", lambda r: f"**{show(r['step_over_convolutions_3x3'], 100)}**"),
+        ("step / all convolutions, %", lambda r: show(r["step_over_convolutions"], 100)),
+        ("step / GEMM peak, %", lambda r: show(r["step_over_gemm"], 100)),
+        ("all convolutions' time alone / step's, %", lambda r: show(r["convolutions_share_of_time"], 100)),
+    ]
+    rows = [[name, *(cell(r) for r in results.values())] for name, cell in lines]
+    return table(["median (min..max)", *results], rows)
+
+
+def show_sweep(rows: list[dict[str, Any]]) -> str:
+    """The table of ``sweep``; the factors are against the base."""
+    base, cells = rows[0]["plain"], []
+    for row in rows:
+        plain, again = row["plain"], row["checkpointing"]
+        time_, memory = plain["seconds_per_step"]["median"], plain["peak_bytes"]
+        cells.append([
+            row["what"], str(row["value"] or ""), f"{plain['parameters'] / 1e6:.1f}",
+            f"{plain['flops_per_step'] / 1e9:.0f}", show(plain["seconds_per_step"], 1e3),
+            f"{time_ / base['seconds_per_step']['median']:.2f}", f"{memory / 2**20:.0f}",
+            f"{memory / base['peak_bytes']:.2f}", show(again["seconds_per_step"], 1e3),
+            f"{again['peak_bytes'] / 2**20:.0f}",
+        ])  # fmt: skip
+    header = ["varied", "value", "M parameters", "GFLOP/step", "ms/step", "x base", "peak MiB", "x base",
+              "ms/step, checkpointing", "peak MiB, checkpointing"]  # fmt: skip
+    return table(header, cells)
+
+
+def main(case: Case) -> dict[str, Any]:
+    """Measure, print, and write what was asked for."""
+    if case.threads:
+        torch.set_num_threads(case.threads)
+    report: dict[str, Any] = {"case": asdict(case) | {"out": None}, "machine": machine(), "formula": FORMULA}
+    info = report["machine"]
+    print(
+        f"{case.preset}: {case.channels} channels, {case.levels} levels, {case.size}x{case.size}x{case.image_channels}, "
+        f"batch {case.batch}; torch {info['torch']}, {info['cpu']} ({' '.join(info['flags'])}), {info['threads']} "
+        f"threads of {info['cores']} cores, load {info['load'][0]}"
+    )
+    print(f"operations: {FORMULA}")
+    if case.sweep:
+        report["sweep"] = {}
+        for precision in case.precision:
+            report["sweep"][precision] = sweep(case, precision)
+            print(f"\n{precision}\n\n{show_sweep(report['sweep'][precision])}", flush=True)
+    else:
+        report["results"] = {precision: measure(case, precision) for precision in case.precision}
+        first = next(iter(report["results"].values()))
+        counts = ", ".join(f"{kind} {n / 1e9:.1f}" for kind, n in first["flops_per_step"].items())
+        print(f"{first['parameters']:,} parameters; GFLOP a step: {counts}\n\n{show_measurement(report['results'])}")
+    if case.profile:
+        report["profile"] = {precision: profile(case, precision) for precision in case.precision}
+        for precision, rows in report["profile"].items():
+            cells = [[r["operator"], f"{r['calls']:.0f}", f"{r['ms']:.1f}", f"{100 * r['share']:.1f}"] for r in rows]
+            print(f"\n{precision}\n\n{table(['operator', 'calls', 'ms', '%'], cells)}")
+    info["load_after"] = [round(v, 2) for v in os.getloadavg()]
+    print(f"\nload {info['load'][0]} before, {info['load_after'][0]} after")
+    if case.out is not None:
+        case.out.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Case, description=__doc__))
