@@ -16,12 +16,15 @@ import sys
 import time
 from pathlib import Path
 
-import accelerate  # noqa: F401
+import PIL.Image  # noqa: F401
+import tensorboard.compat.proto.event_pb2
+import tensorboard.summary.writer.record_writer  # noqa: F401
 import torch
 
 from nelbo import checkpoints
 from nelbo.config import Config, from_dict
-from nelbo.training import train
+from nelbo.data import load
+from nelbo.training import Trainer, train
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 LONGEST = 0.4  # seconds
@@ -48,6 +51,7 @@ def main() -> None:
     run, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     config: Config = from_dict(json.load(sys.stdin))
     torch.set_num_threads(1)
+    Trainer(config, run, load(config.data.source))  # what a life would load otherwise; no backward pass before a fork
     chance, torn, killed, lives = random.Random(seed), 0, 0, 0
     while True:
         operations = chance.randint(1, MOST) if lives % 2 and killed < kills else None

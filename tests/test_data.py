@@ -653,7 +653,12 @@ def test_figures_of_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert figures["pixel histogram"] == pytest.approx(2.438504, abs=1e-6)
     assert figures["Gaussian mixture"] == pytest.approx(2.66, abs=0.03)
     assert list(figures) == [
-        "pixel histogram", "Gaussian mixture", "PNG per image", "PNG sheet", "WebP per image", "WebP sheet",
+        "pixel histogram",
+        "Gaussian mixture",
+        "PNG per image",
+        "PNG sheet",
+        "WebP per image",
+        "WebP sheet",
     ]
     assert all(math.isfinite(value) and value > 0 for value in figures.values())
 

@@ -146,7 +146,7 @@ def test_names_and_settings_are_escaped_and_kept(run):
     odd = run.rename(run.with_name('_a$b$ <i> & "c" 数'))
     page = page_of(odd)
     assert "<script" not in page and "<i>" not in page and "&lt;script&gt;alert(1)" in page
-    assert "_a$b$ &lt;i&gt;" in page  # in the figures, dollars are no mathematics
+    assert re.search(r"<text[^>]*> _a\$b\$ &lt;i&gt;", page)  # in the figures dollars are no mathematics
 
 
 def test_what_is_missing_is_said_with_its_command(run):
@@ -204,7 +204,8 @@ def test_the_headline_is_the_runs_own_test_data(run):
     record = json.loads(path.read_text())
     others = ({"split": "validation"}, {"weights": "raw"}, {"data": {"name": "x", "version": "1"}}, {"images": 5})
     for number, change in enumerate(others):
-        path.with_name(f"other-{number}.json").write_text(json.dumps(record | change))
+        path.with_name(f"zz-{number}.json").write_text(json.dumps(record | change))
+    path.with_name(".baselines.json").write_text("{}")  # what nelbo evaluate keeps there
     (loaded,) = read_runs([run])
     assert len(loaded.evaluations) == 5 and loaded.headline.stem == path.stem
     listed = [row for row in rows(page_of(run), "Every evaluation") if len(row) > 1]
@@ -250,9 +251,10 @@ def test_a_restart_does_not_count_steps_twice(run):
     assert np.array_equal(after.curves.validation, before.curves.validation)
 
 
+LINE = '{"kind": "train", "step": 1, "images": 8, "seconds": 1, "bits_per_dim": 2, "terms": {"latent": 0}}\n'
 BROKEN = {
     "run.json": [None, "{", "[1]", '{"format": 2}', '{"format": 1, "config": {}}'],
-    "metrics.jsonl": ['{"kind": "tr\n{}\n', '{"kind": "loss"}\n', '{"kind": "train", "step": 1}\n', "3\n"],
+    "metrics.jsonl": ['{"kind": "tr\n' + LINE, '{"kind": "loss"}\n', '{"kind": "train", "step": 1}\n', "3\n"],
     "evaluations/bad.json": ["", '{"terms": {}}', '{"bits_per_dim": 3, "terms": {"prior": 1}}'],
     "evaluations/bad.npz": ["no archive"],
     "samples/bad.npz": ["no archive", ""],
@@ -322,7 +324,8 @@ def test_grids_and_strips_hold_every_pixel():
     assert (found[3:5, 6:, 1] == 0).all() and (found[:, 2, 1] == 0).all() and (found[:2, :2, 1] == 255).all()
     moments = np.arange(3 * 2 * 3, dtype=np.uint8).reshape(3, 2, 3, 1, 1)  # three moments of two coloured pixels
     found = decoded(images.strip(moments, 256, width=5))
-    assert found.shape == (3, 5, 4) and np.array_equal(found[2, 4, :3], moments[2, 1, :, 0, 0])
+    assert found.shape == (3, 5, 4)
+    assert all(np.array_equal(found[2 * k, 2 * s, :3], moments[s, k, :, 0, 0]) for s in range(3) for k in range(2))
     small, large = (decoded(images.grid(shown, 17, width)) for width in (8, 24))
     assert np.array_equal(large, small.repeat(3, 0).repeat(3, 1))
 

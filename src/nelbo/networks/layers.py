@@ -67,6 +67,22 @@ def initialise(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mask takes 16 random bits an entry on the CPU, where torch's own draws can cost a tenth of a step.
+
+    p is rounded to a multiple of 2^-16, and kept entries are scaled by the rounded p: the mean is exact.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p or x.device.type != "cpu":
+            return super().forward(x)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
+        keep = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x))  # 0 and 1
+        return x * keep.div_(1 - dropped / 2**16)
+
+
 class ResidualBlock(nn.Module):
     """Equation (3). The condition is (B, E), or (B, H, W, E) where every pixel has its own."""
 
@@ -76,7 +92,7 @@ class ResidualBlock(nn.Module):
         self.conv_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.project = zero(nn.Linear(condition, outputs, bias=False))
         self.norm_2 = norm(outputs, groups)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv_2 = zero(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 

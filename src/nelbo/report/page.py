@@ -1,6 +1,7 @@
 """The report's page: reads runs, draws figures and fills page.html. One file, no script, nothing from elsewhere."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,7 +200,7 @@ def _training(group: Group) -> Block:
     trained = [run for run in group.runs if len(run.curves.train) or len(run.curves.validation)]
     for run in group.runs:
         if run not in trained:
-            command = f"nelbo train {run.info['preset'] or 'PRESET'} --out {run.path}"
+            command = f"nelbo train {run.info['preset'] or 'PRESET'} --out {shlex.quote(str(run.path))}"
             block.missing.append((f"{run.name} has no lines in metrics.jsonl yet.", command))
     if not trained:
         return block
