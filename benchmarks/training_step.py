@@ -36,14 +36,14 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nelbo.config import Config
@@ -55,6 +55,7 @@ FORMULA = (
     "convolution 2 B H W C_out C_in K K, dense 2 rows in out, attention 4 B N^2 E; step = 3 * forward "
     "(2 * forward where a convolution's input needs no gradient); recomputation not counted"
 )
+Precision = Literal["float32", "bf16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 GEMM_SIZES = (512, 1024, 2048)
 aten = torch.ops.aten
@@ -78,7 +79,7 @@ class Case:
     """Channels of the images."""
     grey_levels: int = 256
     """Values a pixel can take."""
-    precision: tuple[Literal["float32", "bf16"], ...] = ("float32", "bf16")
+    precision: tuple[Precision, ...] = ("float32", "bf16")
     """Precisions of the network, one after the other."""
     checkpointing: bool = False
     """Recompute activations in the backward pass (the sweep does both)."""
@@ -97,7 +98,7 @@ class Case:
 # The step -------------------------------------------------------------------------------------------------------------
 
 
-def configure(case: Case, precision: str) -> Config:
+def configure(case: Case, precision: Precision) -> Config:
     """The preset's configuration at the case's size."""
     config = preset(case.preset)
     groups = config.network.groups
@@ -112,7 +113,7 @@ def configure(case: Case, precision: str) -> Config:
     )
 
 
-def make_trainer(case: Case, precision: str) -> Trainer:
+def make_trainer(case: Case, precision: Precision) -> Trainer:
     """The library's trainer on random images. Weights that start at 0 get small numbers, as in a run under way."""
     draw = np.random.default_rng(0)
     images = draw.integers(
@@ -131,13 +132,20 @@ def make_trainer(case: Case, precision: str) -> Trainer:
     return trainer
 
 
+class Layout(NamedTuple):
+    """How a tensor lies in memory."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution as a step ran it: (shape, stride) of its tensors, and which gradients were asked for."""
+    """A convolution as a step ran it: its tensors, and which gradients were asked for."""
 
-    gradient: tuple[tuple[int, ...], tuple[int, ...]]
-    input: tuple[tuple[int, ...], tuple[int, ...]]
-    weight: tuple[tuple[int, ...], tuple[int, ...]]
+    gradient: Layout
+    input: Layout
+    weight: Layout
     dtype: torch.dtype
     bias: bool
     settings: tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
@@ -146,7 +154,7 @@ class Convolution:
     @property
     def forward_flops(self) -> int:
         """Equation (1)."""
-        return 2 * math.prod(self.gradient[0]) * math.prod(self.weight[0][1:])
+        return 2 * math.prod(self.gradient.shape) * math.prod(self.weight.shape[1:])
 
     @property
     def flops(self) -> int:
@@ -156,11 +164,11 @@ class Convolution:
     @property
     def is_3x3(self) -> bool:
         """Whether the kernel is 3x3."""
-        return self.weight[0][2:] == (3, 3)
+        return self.weight.shape[2:] == (3, 3)
 
     def __str__(self) -> str:
-        shape = self.weight[0]
-        channels_last = self.input[1][1] == 1 and self.input[0][1] > 1
+        shape = self.weight.shape
+        channels_last = self.input.stride[1] == 1 and self.input.shape[1] > 1
         return (
             f"{shape[2]}x{shape[3]} {shape[1]}->{shape[0]} {'channels last' if channels_last else 'contiguous'}"
             f"{'' if self.mask[0] else ', no input gradient'}"
@@ -169,7 +177,7 @@ class Convolution:
     def runner(self, device: Any) -> Callable[[], None]:
         """A function that runs it by itself, forward and backward."""
         gradient, x, weight = (
-            torch.empty_strided(*layout, dtype=self.dtype, device=device).normal_()
+            torch.empty_strided(layout.shape, layout.stride, dtype=self.dtype, device=device).normal_()
             for layout in (self.gradient, self.input, self.weight)
         )
         bias = torch.zeros(len(weight), dtype=self.dtype, device=device) if self.bias else None
@@ -198,9 +206,16 @@ class Recorder(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "convolution_backward":
             gradient, x, weight, sizes, *settings, mask = args
-            layouts = ((tuple(v.shape), v.stride()) for v in (gradient, x, weight))
-            settings = tuple(tuple(v) if isinstance(v, list) else v for v in settings)
-            self.convolutions[Convolution(*layouts, x.dtype, sizes is not None, settings, tuple(mask))] += 1
+            found = Convolution(
+                gradient=Layout(tuple(gradient.shape), gradient.stride()),
+                input=Layout(tuple(x.shape), x.stride()),
+                weight=Layout(tuple(weight.shape), weight.stride()),
+                dtype=x.dtype,
+                bias=sizes is not None,
+                settings=tuple(tuple(v) if isinstance(v, list) else v for v in settings),
+                mask=tuple(mask),
+            )
+            self.convolutions[found] += 1
         elif torch._C._current_graph_task_id() == -1:  # not in the backward pass, where recomputation also happens
             if name in ("mm", "bmm", "addmm", "baddbmm"):
                 left = args[1] if "add" in name else args[0]
@@ -243,12 +258,12 @@ def gemms(dtype: torch.dtype, device: Any) -> dict[str, tuple[int, Callable[[], 
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         image = a.T.reshape(1, n, n, 1).to(memory_format=torch.channels_last)
         kernel = b.reshape(n, n, 1, 1)
-        runs[f"mm {n}"] = 2 * n**3, lambda a=a, b=b: torch.mm(a, b)
-        runs[f"1x1 convolution {n}"] = 2 * n**3, lambda x=image, w=kernel: torch.conv2d(x, w)
+        runs[f"mm {n}"] = 2 * n**3, partial(torch.mm, a, b)
+        runs[f"1x1 convolution {n}"] = 2 * n**3, partial(torch.conv2d, image, kernel)
     return runs
 
 
-def measure(case: Case, precision: str) -> dict[str, Any]:
+def measure(case: Case, precision: Precision) -> dict[str, Any]:
     """The step, its convolutions alone and the matrix products, interleaved."""
     trainer = make_trainer(case, precision)
     device = trainer.accelerator.device
@@ -297,7 +312,7 @@ def measure(case: Case, precision: str) -> dict[str, Any]:
         **{name: spread(values) for name, values in samples.items()},
         "convolutions": [
             {
-                "kernel": str(c), "input": list(c.input[0]), "count": recorder.convolutions[c], "flops": c.flops,
+                "kernel": str(c), "input": list(c.input.shape), "count": recorder.convolutions[c], "flops": c.flops,
                 "seconds": spread(values), "gflops": c.flops / statistics.median(values) / 1e9,
             }
             for c, values in shapes.items()
@@ -305,7 +320,7 @@ def measure(case: Case, precision: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def profile(case: Case, precision: str, steps: int = 3, rows: int = 20) -> list[dict[str, Any]]:
+def profile(case: Case, precision: Precision, steps: int = 3, rows: int = 20) -> list[dict[str, Any]]:
     """Self time by operator, ms a step, the largest first."""
     trainer = make_trainer(case, precision)
     for _ in range(2):
@@ -342,7 +357,7 @@ def resident(largest: bool = False) -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def measure_point(case: Case, precision: str) -> dict[str, Any]:
+def measure_point(case: Case, precision: Precision) -> dict[str, Any]:
     """Time and peak memory of a case, for a fresh process."""
     if case.threads:
         torch.set_num_threads(case.threads)
@@ -375,16 +390,15 @@ def points(case: Case) -> list[tuple[str, int, Case]]:
     return found
 
 
-def sweep(case: Case, precision: str) -> list[dict[str, Any]]:
+def sweep(case: Case, precision: Precision) -> list[dict[str, Any]]:
     """All points, each in a fresh process, with and without checkpointing."""
     rows = []
     for what, value, point in points(case):
         row: dict[str, Any] = {"what": what, "value": value}
         for name, checkpointing in (("plain", False), ("checkpointing", True)):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                row[name] = pool.submit(
-                    measure_point, replace(point, checkpointing=checkpointing), precision
-                ).result()  # fmt: skip
+                again = replace(point, checkpointing=checkpointing)
+                row[name] = pool.submit(measure_point, again, precision).result()
         rows.append(row)
     return rows
 
@@ -458,8 +472,8 @@ def show_sweep(rows: list[dict[str, Any]]) -> str:
         plain, again = row["plain"], row["checkpointing"]
         time_, memory = plain["seconds_per_step"]["median"], plain["peak_bytes"]
         cells.append([
-            row["what"], str(row["value"] or ""), f"{plain['parameters'] / 1e6:.1f}",
-            f"{plain['flops_per_step'] / 1e9:.0f}", show(plain["seconds_per_step"], 1e3),
+            row["what"], str(row["value"] or ""), f"{plain['parameters'] / 1e6:.3g}",
+            f"{plain['flops_per_step'] / 1e9:.4g}", show(plain["seconds_per_step"], 1e3),
             f"{time_ / base['seconds_per_step']['median']:.2f}", f"{memory / 2**20:.0f}",
             f"{memory / base['peak_bytes']:.2f}", show(again["seconds_per_step"], 1e3),
             f"{again['peak_bytes'] / 2**20:.0f}",
@@ -476,9 +490,9 @@ def main(case: Case) -> dict[str, Any]:
     report: dict[str, Any] = {"case": asdict(case) | {"out": None}, "machine": machine(), "formula": FORMULA}
     info = report["machine"]
     print(
-        f"{case.preset}: {case.channels} channels, {case.levels} levels, {case.size}x{case.size}x{case.image_channels}, "
-        f"batch {case.batch}; torch {info['torch']}, {info['cpu']} ({' '.join(info['flags'])}), {info['threads']} "
-        f"threads of {info['cores']} cores, load {info['load'][0]}"
+        f"{case.preset}: {case.channels} channels, {case.levels} levels, batch {case.batch} of "
+        f"{case.image_channels}x{case.size}x{case.size}; torch {info['torch']}, {info['device']}: {info['cpu']} "
+        f"({' '.join(info['flags'])}), {info['threads']} threads on {info['cores']} cores, load {info['load'][0]}"
     )
     print(f"operations: {FORMULA}")
     if case.sweep:
@@ -489,7 +503,7 @@ def main(case: Case) -> dict[str, Any]:
     else:
         report["results"] = {precision: measure(case, precision) for precision in case.precision}
         first = next(iter(report["results"].values()))
-        counts = ", ".join(f"{kind} {n / 1e9:.1f}" for kind, n in first["flops_per_step"].items())
+        counts = ", ".join(f"{kind} {n / 1e9:.4g}" for kind, n in first["flops_per_step"].items())
         print(f"{first['parameters']:,} parameters; GFLOP a step: {counts}\n\n{show_measurement(report['results'])}")
     if case.profile:
         report["profile"] = {precision: profile(case, precision) for precision in case.precision}

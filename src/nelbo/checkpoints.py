@@ -29,6 +29,7 @@ __all__ = [
     "load_model",
     "load_tensors",
     "locked",
+    "make_folder",
     "read_checkpoint",
     "read_json",
     "read_run",
@@ -62,6 +63,14 @@ class Checkpoint:
 def cannot_write(error: OSError, where: Path) -> UserError:
     """A full disk, a folder without permission and the like, as the user's problem."""
     return UserError(f"cannot write {where}: {error.strerror or error}; what was complete before is kept")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(error, folder) from error
 
 
 def write_aside(path: Path, content: bytes | str) -> None:

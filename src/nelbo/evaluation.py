@@ -148,7 +148,7 @@ def evaluate(
     model, steps = _load_for(run, settings, dataset, device)
     checkpoint = checkpoints.read_checkpoint(run, settings.checkpoint)
     other = None if compare is None else _load_for(Path(compare), settings, dataset, device)
-    (run / "evaluations").mkdir(exist_ok=True)
+    checkpoints.make_folder(run / "evaluations")
 
     def bound(which: str, model: DiffusionModel, steps: int) -> BitsPerDim:
         def seen(done: int, bits: float) -> None:

@@ -347,18 +347,18 @@ def train(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if main:
-            run.mkdir(parents=True, exist_ok=True)
+            checkpoints.make_folder(run)
     say = say if main else lambda line: None
     with contextlib.ExitStack() as stack:
         log = None
         if main:
             stack.enter_context(checkpoints.locked(run))
-            checkpoints.clean_up(run)
-            if record["config"] != to_dict(config):
-                checkpoints.write_json(run / "run.json", {**record, "config": to_dict(config)})
         if kept:
             trainer.restore(checkpoints.read_checkpoint(run))
         if main:
+            checkpoints.clean_up(run)
+            if record["config"] != to_dict(config):
+                checkpoints.write_json(run / "run.json", {**record, "config": to_dict(config)})
             log = stack.enter_context(contextlib.closing(Log(run, trainer.step)))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         _announce(trainer, record, say)
