@@ -172,13 +172,15 @@ def _evaluate(command: Evaluate) -> None:
         raise UserError(f"--per-image needs a file, got the folder {command.per_image}")
     _set_threads(command.threads)
     from nelbo import evaluation
-    from nelbo.checkpoints import write_aside
+    from nelbo.checkpoints import make_folder, write_aside
     from nelbo.devices import choose_device
     from nelbo.progress import Progress
 
     names = {f.name for f in dataclasses.fields(evaluation.Settings)}
     settings = evaluation.Settings(**{k: v for k, v in vars(command).items() if k in names})
     device = choose_device(command.device)
+    if command.per_image is not None:
+        make_folder(command.per_image.parent)
     with Progress() as progress:
 
         def seen(run: str, done: int, images: int, bits: float) -> None:
@@ -192,34 +194,43 @@ def _evaluate(command: Evaluate) -> None:
 
 def _print_evaluation(command: Evaluate, found: Any) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     record, result = found.record, found.result
-    table = Table(
-        title=f"{command.run}, {record['split']} split of {record['data']['name']} ({record['data']['version']}), "
-        f"{record['images']} images, step {record['checkpoint']['step']}, {record['weights']} weights"
+    data, seen, whole = record["data"], record["images"], record["images_in_split"]
+    print(
+        f"{command.run}, step {record['checkpoint']['step']}, {record['weights']} weights: "
+        f"{'' if seen == whole else f'{seen} of '}{whole} {record['split']} images of {data['name']} "
+        f"(version {data['version']})"
     )
-    for column in ("figure", "bits/dim", "standard error"):
-        table.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
+    table = Table("", "bits/dim", "standard error")
+    for column in table.columns[1:]:
+        column.justify = "right"
 
     def row(name: str, mean: float, error: float | None, style: str | None = None) -> None:
         shown = "" if error is None or error != error else f"{error:.4f}"
-        table.add_row(name, f"{mean:.4f}", shown, style=style)
+        table.add_row(escape(name), f"{mean:.4f}", shown, style=style)
 
-    time = "continuous time" if not result.settings["steps"] else f"T = {result.settings['steps']}"
-    row(f"bound (VLB, {time})", result.mean, result.standard_error, "bold")
-    own = result.draws_error
+    steps, own, published = result.settings["steps"], result.draws_error, result.as_published
+    row(f"bound (VLB, {f'T = {steps}' if steps else 'continuous time'})", result.mean, result.standard_error, "bold")
     table.add_row("  of which the draws' own", "", f"{own:.4f}" if own == own else "needs --shifts 2")
-    if result.as_published is not None:
-        row("paper's figure (not a bound)", result.as_published.mean, result.as_published.standard_error)
     for name, value in result.terms.items():
-        row(f"  {name.replace('_', ' ')}", value.mean, value.standard_error)
+        if published is None or name != "latent":
+            row(f"  {name.removeprefix('valid_')}", value.mean, value.standard_error)
+    if published is not None:
+        row("as published (not a bound)", published.mean, published.standard_error)
+        row("  latent as charged there", result.terms["latent"].mean, result.terms["latent"].standard_error)
     if found.difference is not None:
-        row(f"{command.compare}", found.compared.mean, found.compared.standard_error)
+        table.add_section()
+        row(str(command.compare), found.compared.mean, found.compared.standard_error)
         row("  difference, paired", found.difference.mean, found.difference.standard_error)
+    table.add_section()
     for b in record["baselines"]:
         row(b["name"], b["bits_per_dim"], b["standard_error"], "dim")
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    Console(width=None if sys.stdout.isatty() else 98).print(table)
+    if seen < whole and record["baselines"]:
+        print(f"the references at the foot were measured on all {whole} images")
     print(f"written: {found.path}" + (f", {command.per_image}" if command.per_image else ""))
 
 
@@ -244,10 +255,12 @@ def _sample(command: Sample) -> None:
     for word, chosen in (("clip", command.clip), (command.decoding, command.decoding != "argmax"),
                          (command.weights, command.weights != "ema")):  # fmt: skip
         name += f"-{word}" if chosen else ""
+    stem = command.out or command.run / "samples" / name
+    checkpoints.make_folder(stem.parent)
     with Progress() as progress:
         paths = sampling.sample_to_files(
             model,
-            command.out or command.run / "samples" / name,
+            stem,
             count=command.count,
             steps=command.steps,
             clip=command.clip,

@@ -96,6 +96,7 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
                     fourier=fourier,
                     groups=network.groups,
                     dropout=network.dropout,
+                    attention_everywhere=network.attention == "everywhere",
                 )
         schedule = schedules.Schedule(
             _interior(config, shape, (gamma_0, gamma_1)), gamma_0, gamma_1, config.schedule.ends

@@ -178,6 +178,7 @@ def evaluate(
         "draws_error": result.draws_error,
         "terms": {name: _table(value) for name, value in result.terms.items()},
         "images": len(images),
+        "images_in_split": len(dataset.images[settings.split]),
         "split": settings.split,
         "data": {"name": dataset.name, "version": dataset.version},
         "checkpoint": {"step": checkpoint.step, "name": settings.checkpoint},

@@ -23,7 +23,15 @@ class Progress:
         self.terminal, self.every = console.is_terminal, every
         columns = (TextColumn("{task.description}", markup=False), BarColumn(None), MofNCompleteColumn())
         left = (TextColumn("{task.fields[figures]}", markup=False), TimeElapsedColumn())
-        self.bar = Bar(*columns, *left, TimeRemainingColumn(), TextColumn("left"), console=console, expand=True, disable=not self.terminal)
+        self.bar = Bar(
+            *columns,
+            *left,
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+            disable=not self.terminal,
+        )
         self.tasks: dict[str, tuple[TaskID, float, int]] = {}  # name -> the bar's task, when it began and where
         self.printed = time.monotonic()
 
