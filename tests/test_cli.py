@@ -422,8 +422,8 @@ def test_train_evaluate_sample_report(
 
     # The table shows them.
     def shown(label: str) -> list[str]:
-        (line,) = (line for line in out.splitlines() if re.match(rf"[ │┃]*{re.escape(label)} ", line))
-        return re.findall(r"-?\d+\.\d{4}", line.split(label)[1])
+        (line,) = (line for line in out.splitlines() if re.match(rf"│ *{re.escape(label)} *│", line))
+        return re.findall(r"-?\d+\.\d{4}", line)
 
     figure = record["bits_per_dim"]
     assert shown("bound (VLB, continuous time)") == [f"{figure['mean']:.4f}", f"{figure['standard_error']:.4f}"]

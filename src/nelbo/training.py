@@ -373,8 +373,8 @@ def _announce(trainer: Trainer, record: dict[str, Any], say: Callable[[str], Non
     say(f"{record['parameters']:,} parameters ({parts})")
     threads, processes = torch.get_num_threads(), trainer.processes
     say(
-        f"about {sum(memory.values()) / 2**20:,.0f} MiB for training: {memory['weights'] / 2**20:,.0f} weights, moments "
-        f"and average, {memory['activations'] / 2**20:,.0f} activations and gradients; "
+        f"about {sum(memory.values()) / 2**20:,.0f} MiB for training: {memory['weights'] / 2**20:,.0f} weights, "
+        f"moments and average, {memory['activations'] / 2**20:,.0f} activations and gradients; "
         f"{trainer.accelerator.device}, {threads} thread{'s' * (threads > 1)}"
         + (f", {processes} processes" if processes > 1 else "")
     )
