@@ -276,8 +276,20 @@ def _report(command: Report) -> None:
 
     if not command.runs:
         raise UserError("report needs at least one run folder")
-    out = command.out or command.runs[0] / "report.html"
-    print(f"written: {write_report(list(command.runs), out, command.checkpoint)}")
+    page = write_report(list(command.runs), command.out or command.runs[0] / "report.html", command.checkpoint)
+    from rich.console import Console
+    from rich.table import Table
+
+    from nelbo.report.runs import read_runs
+    from nelbo.report.tables import figures_table, group_runs
+
+    for group in group_runs(read_runs(list(command.runs), command.checkpoint)):
+        figures = figures_table(group)
+        table = Table(*figures.head, title=figures.caption)
+        for row in figures.rows:
+            table.add_row(row.name, *(f"{cell.value} {cell.error}".strip() for cell in row.cells))
+        Console(width=None if sys.stdout.isatty() else 110).print(table)
+    print(f"written: {page}")
 
 
 def _presets() -> None:
