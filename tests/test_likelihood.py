@@ -107,13 +107,13 @@ def test_stratified_draws_are_not_independent():
     assert result.draws_error < 0.7 * naive
 
 
-def small(latent="k-hot", schedule="polynomial", dropout=0.0, **latent_fields):
+def small(latent="k-hot", schedule="polynomial", dropout=0.0, flag=False, **latent_fields):
     """A real network, small, with weights that are not those of the start."""
     config = Config(
         schedule=ScheduleConfig(kind=schedule, width=8),
         latent=LatentConfig(kind=latent, size=6, k=2, **latent_fields),
         encoder=EncoderConfig(levels=1),
-        network=NetworkConfig(channels=8, levels=1, groups=2, dropout=dropout),
+        network=NetworkConfig(channels=8, levels=1, groups=2, dropout=dropout, flag=flag),
     )
     model = build_model(config, (1, 4, 4), 17, classes=6)
     random = torch.Generator().manual_seed(3)
@@ -244,6 +244,29 @@ def test_each_random_number_goes_where_it_belongs():
     for name in ("prior", "reconstruction", "diffusion", "latent", "valid_latent"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
     assert (drawn.kl - drawn.kl.mean()).abs().max().item() > 0.1
+
+
+def test_options_reach_the_objective():
+    """``step`` (the one-hot's temperature), ``flag``, ``steps`` and ``variance`` of ``draw_terms``: value and gradient
+    are those of ``elbo`` given them, and each makes a difference."""
+    model, images, draws = small("one-hot", "monotone", flag=True), small_images(3), Draws(0, range(3))
+    t, x, flag = draws.uniform("time"), encode(small_images(3), 17), torch.tensor([1.0, 0.0, 1.0])
+    noise = {name: draws.normal(name, (1, 4, 4)) for name in ("eps", "eps_0")}
+
+    def gradient(terms):
+        parameters = [*model.schedule.interior.parameters(), *model.encoder.parameters()]
+        grads = torch.autograd.grad(terms.total.sum(), parameters, allow_unused=True)
+        return torch.cat([terms.total.detach(), *[g.flatten() for g in grads if g is not None]])
+
+    model.eval()
+    found = {"none": gradient(draw_terms(model, images, t, draws))}
+    for name, options in {
+        "step": {"step": 60_000}, "flag": {"flag": flag}, "steps": {"steps": 7}, "variance": {"variance": True}
+    }.items():  # fmt: skip
+        found[name] = gradient(draw_terms(model, images, t, draws, **options))
+        latent = model.infer(x, model.latent.noise(draws), None, options.pop("step", 0))
+        assert torch.equal(found[name], gradient(elbo(model, images, t=t, latent=latent, **noise, **options)))
+        assert not torch.allclose(found[name], found["none"], rtol=1e-3)
 
 
 def test_the_papers_k_hot_has_two_figures():

@@ -1,15 +1,19 @@
 """DiffusionModel: what reaches the network, the schedule and the encoder."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from nelbo.compose import build_model
+from nelbo.compose import build_model, noise_parameters
 from nelbo.config import Config, EncoderConfig, LatentConfig, NetworkConfig, ScheduleConfig
 from nelbo.draws import Draws
 from nelbo.errors import UserError
 from nelbo.latents import Gaussian, KHot, Label
 from nelbo.model import DiffusionModel
+from nelbo.networks import CNNEncoder
 from nelbo.parameterizations import Noise, Velocity
 from nelbo.paths import Straight, VariancePreserving
 from toys import FLOAT, linear, polynomial, tensor
@@ -136,6 +140,21 @@ def test_every_composition_runs(schedule, latent):
     missing = [name for name, p in built.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # A normalised network does not feel a constant or a common bias, nor attention a shift of its keys.
     assert [n for n in missing if not n.endswith(("l1.bias", "k.bias"))] == []
+
+
+def test_details_of_a_composition():
+    """Fourier exponents as given, or the last two bits; a CNN encoder; which parameters make the noise."""
+    assert build_model(config(), SHAPE, 17).network.trunk.fourier == (math.log2(17) - 2, math.log2(17) - 1)
+    assert build_model(config(), SHAPE, 256).network.trunk.fourier == (6.0, 7.0)
+    made = dataclasses.replace(
+        config("polynomial", "k-hot"),
+        encoder=EncoderConfig(kind="cnn"),
+        network=NetworkConfig(channels=8, levels=1, groups=2, fourier=(5.0, 6.0)),
+    )
+    built = build_model(made, SHAPE, 256)
+    assert built.network.trunk.fourier == (5.0, 6.0) and isinstance(built.encoder, CNNEncoder)
+    names = noise_parameters(built)
+    assert names == {n for n, _ in built.named_parameters() if not n.startswith("network.")} and names
 
 
 def test_weights_come_from_the_seed():

@@ -357,7 +357,7 @@ def test_per_image_figures():
 def information(toy, path, gamma):
     """I(x; z) = h(z) - h(eps) - log sigma of a mixture, by integration over z."""
     alpha, sigma = (v.item() for v in PATHS[path]().coefficients(tensor(gamma)))
-    zeta, weights = product_grid(*normal_grid(0.1, 9.0), toy.dimensions)
+    zeta, weights = product_grid(*normal_grid(0.15, 8.0), toy.dimensions)
     spread = torch.sqrt(alpha**2 * toy.variance + sigma**2)
     total = 0.0
     for mean, log_weight in zip(toy.means, toy.log_weights, strict=True):
@@ -404,7 +404,7 @@ def test_a_wrong_denoiser_makes_the_schedule_matter(wrong):
     for kind in ("fixed linear", "monotone", "scalar polynomial", "first pixel first", "second pixel first"):
         model = build(toy, made[kind], "vp", "velocity", wrong=WRONG[wrong])
         bounds[kind] = expected_terms(toy, model).total.item()
-        if "first" in kind:
+        if "first" in kind and "mean_gamma" in WRONG[wrong]:
             assert expected_terms(toy, build(toy, made[kind])).total.item() == pytest.approx(exact, rel=2e-6)
     straight = bounds["fixed linear"]
     for kind in ("monotone", "scalar polynomial"):
@@ -459,23 +459,28 @@ def test_the_gap_of_a_latent_is_the_kl_of_its_aggregate(latent):
 
 
 def test_a_network_that_does_not_see_c_loses_the_information():
-    """The exact denoiser of p(x) instead of p(x|c): the bound is worse by about I(x; c), as z alone does not tell c."""
+    """The exact denoiser of p(x) instead of p(x|c): the bound is worse by I(x; c), but for mismatches, since a schedule
+    alone tells nothing of x."""
     toy = two_pixels()
     inside, code = given_code(toy, PROBABILITY)
     latent = OneHot(2)
-    logits = torch.stack([1 - PROBABILITY, PROBABILITY], 1).log()
+    joint = torch.stack([1 - PROBABILITY, PROBABILITY], 1) * toy.log_weights.exp()[:, None]
+    logits = (joint / joint.sum(1, keepdim=True)).log()
     schedule = polynomial(toy.shape, TOY_G0, G1, seed=6, condition=2)
     model = build(toy, schedule, latent=latent, network_sees_latent=False)
     total = 0.0
     for value in range(2):
         noise = 100 * torch.eye(2, dtype=FLOAT)[value]
-        terms = expected_terms(
-            inside, model, latent=lambda m, n=noise: latent.posterior((logits[m],), n.expand(len(m), 2))
-        )
+
+        def draw(m, noise=noise):
+            return latent.posterior((logits[m],), noise.expand(len(m), 2))
+
+        terms = expected_terms(inside, model, grid=normal_grid(0.45, 5.4), latent=draw)
         total += code[value].item() * terms.total.item()
-    (exact, _, charged), code, _ = expected_given_code(toy, latent)
-    information = charged - (code * (2 * code).log()).sum().item()
-    assert total - exact == pytest.approx(information, rel=0.05)
+    gap = (code * (2 * code).log()).sum().item()
+    information = (joint * (joint / joint.sum(0) / joint.sum(1, keepdim=True)).log()).sum().item()
+    assert information > 0.05
+    assert total == pytest.approx(entropy(toy) + gap + information, abs=0.01)
 
 
 def test_the_papers_k_hot_has_two_bounds():

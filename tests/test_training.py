@@ -27,6 +27,8 @@ from nelbo.data import load
 from nelbo.data.loader import permutation
 from nelbo.draws import Draws, generator
 from nelbo.errors import UserError
+from nelbo.logs import Log
+from nelbo.memory import memory_estimate
 from nelbo.optimizers import learning_rate_factor, parameter_groups
 from nelbo.presets import PRESETS, preset
 from nelbo.stopping import Stopped
@@ -89,14 +91,14 @@ def test_a_signal_saves_after_the_step_and_the_same_command_goes_on(number: int,
     config, handlers = VARIED["mulan"], [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
     def stop(step: int, bits: float, rate: float) -> None:
-        if step == 7:
+        if step == 6:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(Stopped, match=f"{signal.Signals(number).name} after step 8, saved") as stopped:
+    with pytest.raises(Stopped, match=f"{signal.Signals(number).name} after step 7, saved") as stopped:
         train(config, tmp_path / "stopped", show=stop, **quiet)
     assert stopped.value.status == 128 + number
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert steps_kept(tmp_path / "stopped")[-1] == 8
+    assert steps_kept(tmp_path / "stopped")[-1] == 7  # no step at which one is saved otherwise
     train(config, tmp_path / "stopped", **quiet)
     train(config, tmp_path / "whole", **quiet)
     left, whole = outcome(tmp_path / "stopped"), outcome(tmp_path / "whole")
@@ -311,22 +313,56 @@ def test_parts_of_a_batch_add_up_to_the_batch(tmp_path: Path) -> None:
             assert line["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
 
 
-def test_the_first_step_is_the_mean_of_the_bound_over_the_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["mulan-paper-digits", "mulan-label-digits"])
+def test_the_first_step_is_the_mean_of_the_bound_over_the_batch(name: str, tmp_path: Path) -> None:
     """The line of step 1 against the bound of the untrained model at the step's own times and draws."""
-    config = tiny("mulan-digits", training__steps=1, training__log_every=1, training__evaluate_every=0)
+    config = tiny(name, training__steps=1, training__log_every=1, training__evaluate_every=0)
     train(config, tmp_path / "run", **quiet)
     model, data = build_model(config, (1, 8, 8), 17, 10), load("digits")
+    assert data.labels is not None
     shift = generator(0, 0, 0, "time").random(dtype=np.float32)  # seed 0, step 0
     t = torch.remainder(torch.tensor(shift) + torch.arange(8) / 8, 1.0)
-    images = torch.from_numpy(data.images["train"][permutation(len(data.images["train"]), 0)[:8]])
-    terms = likelihood.draw_terms(model, images, t, Draws(0, range(8)))
+    chosen = permutation(len(data.images["train"]), 0)[:8]
+    images, labels = (torch.from_numpy(values["train"][chosen]) for values in (data.images, data.labels))
+    terms = likelihood.draw_terms(model, images, t, Draws(0, range(8)), labels=labels)
     (line,) = metrics(tmp_path / "run")
     bits = {name: value.mean() / (64 * math.log(2)) for name, value in vars(terms).items()}
     assert line["terms"] == pytest.approx({name: value.item() for name, value in bits.items()}, rel=1e-5, abs=1e-9)
+    # What is shown charges a latent what makes the sum a bound; what is minimised charges what its authors charge.
     assert line["bits_per_dim"] == pytest.approx(sum(v.item() for k, v in bits.items() if k != "latent"), rel=1e-6)
+    assert bits["valid_latent"].item() > 0.05
     sum(value for name, value in bits.items() if name != "valid_latent").backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
     assert line["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_every_step_has_its_own_images_and_its_own_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    dropped: list[torch.Tensor] = []
+    forward = Loss.forward
+
+    def spy(self: Loss, batch: Any, part: slice, step: int) -> objectives.Terms:
+        layer = next(m for m in self.model.network.modules() if isinstance(m, torch.nn.Dropout))
+        hook = layer.register_forward_hook(lambda module, inputs, out: dropped.append((out == 0).float()))
+        seen.extend(batch.index[part].tolist())
+        try:
+            return forward(self, batch, part, step)
+        finally:
+            hook.remove()
+
+    config = tiny(network__dropout=0.5, training__steps=4, training__accumulate=2, training__evaluate_every=0)
+    for seed in (0, 1):
+        trainer = Trainer(change(config, {"training.seed": seed}), tmp_path / "none", load("digits"))
+        with monkeypatch.context() as patched:
+            patched.setattr(Loss, "forward", spy)
+            for _ in range(4):
+                trainer.take_step()
+    assert seen == [*range(32), *range(32)]
+    assert len(dropped) == 16
+    for i, a in enumerate(dropped):
+        assert 0.4 < a.mean() < 0.6
+        for b in dropped[:i]:
+            assert 0.4 < (a != b).float().mean() < 0.6  # independent
 
 
 @pytest.mark.parametrize("decay", ["none", "linear", "cosine"])
@@ -662,6 +698,22 @@ def test_the_log_counts_images_and_averages_over_the_steps_since_the_last_line(t
             )
 
 
+def test_what_a_killed_run_logged_too_much_is_cut_off(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny(training__steps=5), run, **quiet)
+    good = (run / "metrics.jsonl").read_bytes()
+    later = good.splitlines(keepends=True)[-1].replace(b'"step": 5', b'"step": 6')
+    for torn in (later, later + later[:40], good[:30], b'{"step": 3}', b'{"kind": "train"}\n' + later, b"[1]\n"):
+        (run / "metrics.jsonl").write_bytes(good + torn)
+        Log(run, 5).close()
+        assert (run / "metrics.jsonl").read_bytes() == good
+    (run / "metrics.jsonl").write_bytes(good + later[:40])
+    train(tiny(), run, **quiet)
+    train(tiny(), tmp_path / "whole", **quiet)
+    steps = [line["step"] for line in metrics(run) if line["kind"] == "train"]
+    assert steps == [line["step"] for line in metrics(tmp_path / "whole") if line["kind"] == "train"] == [5, 10, 12]
+
+
 def test_tensorboard_shows_the_same_figures(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -698,6 +750,15 @@ def test_before_it_starts_it_says_what_it_will_do(tmp_path: Path) -> None:
         said[2],
     )
     assert said[3] == f"starting; everything goes to {tmp_path / 'run'}/"
+
+
+def test_the_estimate_of_memory_counts_what_is_alive() -> None:
+    """x W with x (n, 1000): x, the output's gradient, two single numbers and the gradient of W at the end."""
+    model = torch.nn.Linear(1000, 1000, bias=False)
+    found = memory_estimate(model, lambda n: model(torch.ones(n, 1000)).square().sum(), 100)
+    assert found["weights"] == 4 * 4_000_000
+    assert found["activations"] == 4_000_000 + 2 * 400_000 + 2 * 4
+    assert model.weight.grad is None
 
 
 MEASURED = """

@@ -309,7 +309,7 @@ def entropy(toy):
 def prior_mismatch(toy, alpha, sigma, scale=1.0, log_weights=None, grid=None):
     """KL(q(z_1) || N(0, scale^2 I)) by integration over z_1; alpha, sigma numbers."""
     log_weights = toy.log_weights if log_weights is None else log_weights
-    zeta, weights = product_grid(*(grid or normal_grid(0.1, 9.0)), toy.dimensions)
+    zeta, weights = product_grid(*(grid or normal_grid(0.15, 8.0)), toy.dimensions)
     spread = torch.sqrt(alpha**2 * toy.variance + sigma**2)
     total = 0.0
     for mean, log_weight in zip(toy.means, log_weights, strict=True):
@@ -326,7 +326,7 @@ def decoder_mismatch(toy, gamma_0, log_weights=None, grid=None):
     The signal alone matters: z_0/alpha_0 = x + e^(gamma_0/2) eps on every path.
     """
     log_weights = toy.log_weights if log_weights is None else log_weights
-    zeta, weights = product_grid(*(grid or normal_grid(0.1, 9.0)), toy.dimensions)
+    zeta, weights = product_grid(*(grid or normal_grid(0.15, 8.0)), toy.dimensions)
     noise = math.exp(gamma_0 / 2)
     values = (2 * torch.arange(toy.levels, dtype=FLOAT) + 1) / toy.levels - 1
     total = 0.0
