@@ -193,6 +193,29 @@ def test_the_command_stopped_by_sigint_sigterm_and_sigkill_ends_bit_identical(tm
         assert stopped[name] == whole[name], name
 
 
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """Under accelerate, each process takes its part of every batch; figures agree to rounding, also after a stop."""
+    config = tiny("mulan-digits", training__log_every=1, training__accumulate=2)
+    train(config, tmp_path / "one", **quiet)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    for steps in (7, 12):
+        fields = flags(change(config, {"training.steps": steps}))
+        done = subprocess.run(
+            [*launch, "-m", "nelbo.cli", "train", "mulan-digits", "--out", tmp_path / "two", *fields],
+            capture_output=True, text=True, env={**ONE_THREAD, "ACCELERATE_USE_CPU": "true"}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("2 processes") == 1
+    one, two = ([line for line in metrics(tmp_path / n) if line["kind"] == "train"] for n in ("one", "two"))
+    assert len(one) == len(two) == 12
+    for a, b in zip(one, two, strict=True):
+        assert b["bits_per_dim"] == pytest.approx(a["bits_per_dim"], rel=1e-5)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-4)
+    for name, value in tensors(tmp_path / "one", 12).items():
+        assert torch.allclose(value, tensors(tmp_path / "two", 12)[name], rtol=1e-3, atol=1e-4), name
+
+
 def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
     said: list[str] = []
     train(tiny(), tmp_path / "run", **quiet)

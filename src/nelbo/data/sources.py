@@ -76,13 +76,16 @@ def load(source: str) -> Dataset:
             f"of image files; {source!r} {problem}"
         )
     if "train" not in images:
-        raise UserError(f"{path} must hold images, or train and perhaps validation and test; got "
-                        f"{', '.join(images) or 'none'}")
+        raise UserError(
+            f"{path} must hold images, or train and perhaps validation and test; got {', '.join(images) or 'none'}"
+        )
     shapes = {split: array.shape[1:] for split, array in images.items()}
     for split, shape in shapes.items():
         if shape != shapes["train"]:
-            raise UserError(f"all splits of {path} must have images of one shape (C, H, W), "
-                            f"got train {shapes['train']} and {split} {shape}")
+            raise UserError(
+                f"all splits of {path} must have images of one shape (C, H, W), "
+                f"got train {shapes['train']} and {split} {shape}"
+            )
     images, labels = _cut(images, labels, path)
     counts = ", ".join(f"{len(images[split])} {split}" for split in SPLITS)
     channels, height, width = images["train"].shape[1:]
@@ -140,13 +143,15 @@ def photo_crops(photos: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     crops = {}
     for split in SPLITS:
         step = 8 if split == "train" else 32
-        crops[split] = np.stack([
-            photo[top : top + 32, left + column : left + column + 32].transpose(2, 0, 1)
-            for photo in photos
-            for left in range(0, 640, 160)
-            for top in range(0, 427 - 32 + 1, step)
-            for column in columns[split]
-        ])
+        crops[split] = np.stack(
+            [
+                photo[top : top + 32, left + column : left + column + 32].transpose(2, 0, 1)
+                for photo in photos
+                for left in range(0, 640, 160)
+                for top in range(0, 427 - 32 + 1, step)
+                for column in columns[split]
+            ]
+        )
     return crops
 
 
@@ -172,14 +177,14 @@ def _arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | 
     for split, values in images.items():
         if values.max() >= levels:
             raise UserError(f"{keys[split]} of {path} must lie below levels = {levels}, got {values.max()}")
-    labels = {
-        split: _labels(arrays[key], f"{key} of {path}") for split, key in label_keys.items() if key in arrays
-    }
+    labels = {split: _labels(arrays[key], f"{key} of {path}") for split, key in label_keys.items() if key in arrays}
     for split in (*images, *labels) if labels else ():
         count, labelled = len(images.get(split, ())), len(labels.get(split, ()))
         if count != labelled:
-            raise UserError(f"labels of {path} must be as many as the images, got {labelled} {label_keys[split]} for "
-                            f"{count} {keys[split]}")
+            raise UserError(
+                f"labels of {path} must be as many as the images, got {labelled} {label_keys[split]} for "
+                f"{count} {keys[split]}"
+            )
     return images, labels or None, levels
 
 
@@ -228,14 +233,17 @@ def _folder(path: Path) -> dict[str, np.ndarray]:
     loose = _image_files(path)
     strays = [name for name in folders if name not in SPLITS] + [file.name for file in loose]
     if files and strays:
-        raise UserError(f"{path} must hold either image files or the sub-folders {', '.join(SPLITS)}, "
-                        f"got {strays[0]} beside {', '.join(files)}")
+        raise UserError(
+            f"{path} must hold either image files or the sub-folders {', '.join(SPLITS)}, "
+            f"got {strays[0]} beside {', '.join(files)}"
+        )
     files = files or {"train": loose}
     for split, names in files.items():
         if not names:
             where = path / split if split in folders else path
-            raise UserError(f"a folder must hold image files, or sub-folders {', '.join(SPLITS)} of them, "
-                            f"got none in {where}")
+            raise UserError(
+                f"a folder must hold image files, or sub-folders {', '.join(SPLITS)} of them, got none in {where}"
+            )
     images = {split: _read_images(names) for split, names in files.items()}
     if all((array == array[..., :1]).all() for array in images.values()):
         images = {split: array[..., :1] for split, array in images.items()}
@@ -286,8 +294,10 @@ def _cut(
     tenth = max(1, count // 10)
     missing = [split for split in SPLITS if split not in images]
     if count <= tenth * len(missing):
-        raise UserError(f"{path} must hold at least {len(missing) + 1} images to cut {' and '.join(missing)} out of "
-                        f"train, got {count}")
+        raise UserError(
+            f"{path} must hold at least {len(missing) + 1} images to cut {' and '.join(missing)} out of "
+            f"train, got {count}"
+        )
     order = permutation(count, SPLIT_SEED)
     pieces = np.split(order, [tenth * (i + 1) for i in range(len(missing))])
     rows = {split: np.sort(piece) for split, piece in zip((*missing, "train"), pieces, strict=True)}
