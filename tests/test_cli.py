@@ -250,6 +250,8 @@ MISTAKES = [
     ("train DIGITS --schedule.ends free", "schedule.ends = free needs schedule.kind monotone or"),
     ("train DIGITS --objective.minimise-variance True", "needs schedule.kind = monotone with fixed or"),
     ("train DIGITS --latent.kind image", "latent.kind = image needs parameterization = data and"),
+    ("train mulan-image-digits NEW --schedule.ends learned", "latent.kind = image needs schedule.ends = fixed"),
+    ("train DIGITS --schedule.kind monotone --objective.minimise-variance True", "needs optimizer.clip = 0"),
     # Folders
     ("train vdm-digits --out {place}/something", "something holds something else and no run.json; --out needs a new"),
     ("train vdm-digits --out {place}/file", "--out needs a folder, and {place}/file is a file"),
@@ -306,6 +308,7 @@ MISTAKES = [
     ("sample {place}/run --count many", "--count must be a whole number, got 'many'"),
     ("sample {place}/run --trajectory=-1", "--trajectory be 0 or more"),
     ("sample {place}/run --decoding best", "--decoding must be one of argmax, categorical, got 'best'"),
+    ("sample {place}/nowhere", "no such run: {place}/nowhere"),
     ("sample {place}/truncated", "ema.safetensors is truncated or was changed"),
     ("sample {place}/run --count 1 --steps 1 --out {place}/file/x", "cannot write {place}/file: File exists"),
     ("report", "report needs at least one run folder"),
@@ -619,7 +622,7 @@ def test_progress_off_a_terminal_is_a_few_plain_lines(tmp_path: Path, capsys: py
     made = tiny(training__steps=8, training__evaluate_every=0)
     assert call("train", "vdm-digits", "--out", tmp_path / "run", *flags(made)) == 0
     shown = capsys.readouterr()
-    assert re.fullmatch(r"training 8/8: \d\.\d{3} bits/dim, [\d,]+\.\d images/s\n", shown.err)
+    assert re.fullmatch(r"training 8/8: \d\.\d{3} bits/dim, [\d,]+ images/s\n", shown.err)
     assert "\x1b" not in shown.out + shown.err
     assert shown.out.splitlines()[-1] == f"starting; everything goes to {tmp_path / 'run'}/"
 
@@ -633,9 +636,12 @@ def test_long_jobs_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch, capsys:
         for done in (100, 120, 140, 300, 400):
             bar.update("runs/a", done, 400, f"{done / 100:.2f} bits/dim" if done > 100 else "")
             now += 8
+        bar.update("sampling", 0, 3)
+        bar.update("sampling", 3, 3, rate=1200.4)
     assert capsys.readouterr().err.splitlines() == [
         "runs/a 140/400: 1.40 bits/dim, 2.5 images/s, 0:01:44 left",
         "runs/a 400/400: 4.00 bits/dim, 9.4 images/s",
+        "sampling 3/3: 1,200 images/s",
     ]
 
 
@@ -672,7 +678,7 @@ def test_in_a_terminal_training_shows_a_bar_and_ctrl_c_saves(tmp_path: Path) -> 
     command = nelbo_command("train", "vdm-digits", "--out", tmp_path / "run", *flags(made))
     shown, status = terminal(command, until=r" 3\d/3000 ")
     assert status == 130
-    bar = r"training [━╸╺]+ +3\d/3000 \d\.\d{3} bits/dim, [\d,]+\.\d images/s \d:\d\d:\d\d \d:\d\d:\d\d left"
+    bar = r"training [━╸╺]+ +3\d/3000 \d\.\d{3} bits/dim, [\d,]+ images/s \d:\d\d:\d\d \d:\d\d:\d\d left"
     assert re.search(bar, plain(shown)), plain(shown)[-2000:]
     assert re.search(r"step 10: \d\.\d{4} ± \d\.\d{4} bits/dim on validation, the best so far\r\n", plain(shown))
     last = [line for line in plain(shown).splitlines() if line.strip()][-1]

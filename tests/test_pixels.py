@@ -1,11 +1,12 @@
 """Grey levels and reals, and the decoder p(v|z_0)."""
 
 import math
+import re
 
 import pytest
 import torch
 
-from nelbo.pixels import bits_per_dim, decode, encode, level_log_probs, log_likelihood
+from nelbo.pixels import bits_per_dim, check_images, decode, encode, level_log_probs, log_likelihood
 from nelbo.schedules import default_gamma_0
 from toys import FLOAT, tensor
 
@@ -86,3 +87,18 @@ def test_decode_draws_from_the_decoder():
 def test_bits_per_dim():
     assert bits_per_dim(3072 * math.log(2), 3072) == pytest.approx(1.0)
     assert torch.allclose(bits_per_dim(torch.tensor([math.log(256)]), 1), torch.tensor([8.0]))
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(2, 1, 2, 2), "whole numbers"),
+        (torch.full((2, 1, 2, 2), 4, dtype=torch.uint8), "0 .. 3"),
+        (torch.full((2, 1, 2, 2), -1), "0 .. 3"),
+        (torch.zeros(2, 2, 2, dtype=torch.uint8), "(n, 1, 2, 2)"),
+        (torch.zeros(0, 1, 2, 2, dtype=torch.uint8), "n >= 1"),
+    ],
+)
+def test_images_must_be_whole_numbers_in_range(images, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_images(images, (1, 2, 2), 4)

@@ -6,6 +6,7 @@ A mistake of the user's gets one line on stderr and exit status 2. Heavy librari
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -246,6 +247,7 @@ def _sample(command: Sample) -> None:
     from nelbo.devices import choose_device
     from nelbo.progress import Progress
 
+    checkpoints.read_run(command.run)
     step = checkpoints.read_checkpoint(command.run, command.checkpoint).step
     device = choose_device(command.device)
     model = checkpoints.load_model(command.run, command.checkpoint, command.weights, device)
@@ -367,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         message, status = f"{error.filename or 'the system'}: {error.strerror or error}", 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
         lines = str(error).splitlines() or ["out of memory"]
         message, status = f"{lines[0]}: out of memory; try a smaller batch, or training.accumulate above 1", 2

@@ -16,7 +16,7 @@ __all__ = ["build_model", "noise_parameters"]
 
 
 def fourier_exponents(config: Config, levels: int) -> tuple[float, ...]:
-    """By default the real exponents log2(L/4) and log2(L/2): the last two bits; 6 and 7 for 256 levels."""
+    """By default the real exponents log2(L/4), the last bit, and log2(L/2), the place in a bin; 6, 7 for 256 levels."""
     if config.network.fourier is not None:
         return config.network.fourier
     return math.log2(levels) - 2, math.log2(levels) - 1

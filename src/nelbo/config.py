@@ -276,6 +276,16 @@ def check(config: Config) -> None:
             "latent.kind = image needs a schedule that reads c (polynomial, scalar-polynomial, "
             f"pixel-monotone), got {schedule.kind}"
         )
+    if latent.kind == "image" and schedule.ends != "fixed":
+        raise UserError(
+            "latent.kind = image needs schedule.ends = fixed (the decoder must not learn of the image through gamma at "
+            f"t = 0), got {schedule.ends}"
+        )
+    if config.objective.minimise_variance and config.optimizer.clip:
+        raise UserError(
+            "objective.minimise_variance needs optimizer.clip = 0 (the schedule's gradient is hundreds of times the "
+            f"network's, which a common norm would crush), got {config.optimizer.clip}"
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -55,16 +55,20 @@ def _table(estimate: Estimate | None) -> dict[str, float] | None:
 
 
 def time_bins(result: BitsPerDim, count: int = 20) -> dict[str, list[float]]:
-    """The diffusion term in bits/dim by bins of t: means over draws and their standard errors."""
-    t, values = result.by_time
+    """The diffusion term in bits/dim by bins of t: the mean over images of an image's mean in the bin, and its
+    standard error over images (the draws of one image are not independent)."""
+    n = len(result.index)
+    t, values = (column.reshape(n, -1) for column in result.by_time)
     place = np.minimum((t * count).astype(int), count - 1)
     bins: dict[str, list[float]] = {"t": [], "mean": [], "standard_error": []}
     for i in range(count):
-        chosen = values[place == i]
-        if len(chosen) > 1:
+        inside = place == i
+        drawn = inside.sum(1)
+        means = np.where(inside, values, 0.0).sum(1)[drawn > 0] / drawn[drawn > 0]
+        if len(means) > 1:
             bins["t"].append((i + 0.5) / count)
-            bins["mean"].append(float(chosen.mean()))
-            bins["standard_error"].append(float(chosen.std(ddof=1) / math.sqrt(len(chosen))))
+            bins["mean"].append(float(means.mean()))
+            bins["standard_error"].append(float(means.std(ddof=1) / math.sqrt(len(means))))
     return bins
 
 

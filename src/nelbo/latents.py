@@ -178,8 +178,8 @@ class PaperKHot(KHot):
 
     def sum_of_gamma(self, draws: Tensor) -> Tensor:
         """(tau/k) (sum_i (i/k) G_i - log 10) from G_i ~ Gamma(1/k), draws (B, 10, size): (B, size)."""
-        rates = torch.arange(1, self.TERMS + 1, dtype=draws.dtype, device=draws.device) / self.k
-        return self.TAU / self.k * ((draws * rates[:, None]).sum(1) - math.log(self.TERMS))
+        scales = torch.arange(1, self.TERMS + 1, dtype=draws.dtype, device=draws.device) / self.k
+        return self.TAU / self.k * ((draws * scales[:, None]).sum(1) - math.log(self.TERMS))
 
     def posterior(self, parameters: tuple[Tensor, ...], noise: Tensor, step: int = 0) -> LatentDraw:
         (theta,) = parameters
@@ -231,7 +231,7 @@ class Gaussian(Latent):
 
 
 class Label(Latent):
-    """The class label as a one-hot c. The bound is one on log p(x) with the label as side information paid for."""
+    """The class label as a one-hot c. A bound on log p(x): the KL pays for the label."""
 
     heads = 0
 
@@ -249,7 +249,6 @@ class Label(Latent):
         return F.one_hot(labels, self.size).float()
 
 
-# (kind, posterior) -> class; the posterior matters for k-hot only.
 LATENTS: dict[str, type[Latent]] = {
     "k-hot": KHot,
     "k-hot-paper": PaperKHot,

@@ -134,10 +134,7 @@ def vlb(
     if times_per_shift < 1 or shifts < 1:
         raise ValueError(f"times_per_shift and shifts must be at least 1, got {times_per_shift} and {shifts}")
     images = torch.as_tensor(images)
-    if images.ndim != 4 or tuple(images.shape[1:]) != model.shape or not len(images):
-        raise ValueError(
-            f"images must be (n, {', '.join(map(str, model.shape))}) with n >= 1, got {tuple(images.shape)}"
-        )
+    pixels.check_images(images, model.shape, model.levels)
     n, per_image = len(images), times_per_shift * shifts
     index = np.arange(n) if index is None else np.asarray(index)
     label_tensor = None if labels is None else torch.as_tensor(labels)

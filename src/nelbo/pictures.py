@@ -11,6 +11,8 @@ from nelbo.checkpoints import write_aside
 
 __all__ = ["grid", "save_samples", "strip"]
 
+SHOWN = 400
+
 
 def _grey(images: np.ndarray, levels: int) -> np.ndarray:
     """Levels 0 .. L - 1 spread over 0 .. 255."""
@@ -52,7 +54,10 @@ def _png(picture: Any) -> bytes:
 def save_samples(
     stem: Path, images: Any, levels: int, trajectory: np.ndarray | None = None, moments: np.ndarray | None = None
 ) -> list[Path]:
-    """STEM.npz and STEM.png, and STEM-trajectory.png where a trajectory (S, K, C, H, W) is given; their paths."""
+    """STEM.npz and STEM.png, and STEM-trajectory.png where a trajectory (S, K, C, H, W) is given; their paths.
+
+    The .npz holds all images, the picture the first ``SHOWN``.
+    """
     images = np.asarray(images)
     arrays = {"images": images, "levels": np.int64(levels)}
     if trajectory is not None and moments is not None:
@@ -60,7 +65,7 @@ def save_samples(
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     files = [(stem.with_name(stem.name + ".npz"), buffer.getvalue())]
-    files.append((stem.with_name(stem.name + ".png"), _png(grid(images, levels))))
+    files.append((stem.with_name(stem.name + ".png"), _png(grid(images[:SHOWN], levels))))
     if trajectory is not None:
         files.append((stem.with_name(stem.name + "-trajectory.png"), _png(strip(trajectory, levels))))
     for path, content in files:

@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["bits_per_dim", "decode", "encode", "level_log_probs", "log_likelihood"]
+__all__ = ["bits_per_dim", "check_images", "decode", "encode", "level_log_probs", "log_likelihood"]
+
+
+def check_images(images: Tensor, shape: tuple[int, ...], levels: int) -> None:
+    """ValueError unless images are whole numbers (n >= 1, *shape) in 0 .. levels - 1."""
+    if images.ndim != 4 or tuple(images.shape[1:]) != tuple(shape) or not len(images):
+        raise ValueError(f"images must be (n, {', '.join(map(str, shape))}) with n >= 1, got {tuple(images.shape)}")
+    if images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
+        raise ValueError(f"images must be whole numbers, as uint8, got {images.dtype}")
+    if int(images.min()) < 0 or int(images.max()) >= levels:
+        least, most = int(images.min()), int(images.max())
+        raise ValueError(f"images must lie in 0 .. {levels - 1} for {levels} levels, got {least} .. {most}")
 
 
 def encode(images: Tensor, levels: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -53,7 +53,8 @@ class Progress:
         task, began, first = self.tasks[name]
         if rate is None and done > first:
             rate = (done - first) / max(now - began, 1e-9)
-        shown = ", ".join(part for part in (figure, f"{rate:,.1f} images/s" if rate else "") if part)
+        speed = "" if not rate or rate != rate else f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}"
+        shown = ", ".join(part for part in (figure, f"{speed} images/s" if speed else "") if part)
         self.bar.update(task, completed=done, figures=shown)
         if not self.terminal and done > first and (done == total or now - self.printed >= self.every):
             left = (now - began) / (done - first) * (total - done)

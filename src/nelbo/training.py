@@ -259,10 +259,13 @@ class Trainer:
         with full_float32():
             result = likelihood.vlb(
                 self.ema, images, labels=labels, times_per_shift=training.evaluate_times, shifts=2,
-                steps=self.config.objective.steps,
+                steps=self.config.objective.steps, batch=training.batch // self.parts,
             )  # fmt: skip
-        if math.isfinite(result.mean) and (self.best is None or result.mean < self.best["bits_per_dim"]):
-            self.best = {"step": self.step, "bits_per_dim": result.mean}
+        # Figures of other images or other draws are not compared: where these changed, the best starts anew.
+        measured = {"images": len(images), "times": training.evaluate_times}
+        best = self.best if self.best is not None and self.best.items() >= measured.items() else None
+        if math.isfinite(result.mean) and (best is None or result.mean < best["bits_per_dim"]):
+            self.best = {"step": self.step, "bits_per_dim": result.mean, **measured}
         return {
             "kind": "evaluation",
             "split": "validation",

@@ -51,6 +51,7 @@ class Evaluation:
     draws_error: float
     terms: dict[str, Estimate]
     images: int
+    split_images: int
     data: tuple[str, str]
     split: str
     step: int
@@ -293,6 +294,7 @@ def _evaluation(file: Path) -> Evaluation:
         draws_error=_entry(values, "draws_error", float, file),
         terms=terms,
         images=_entry(values, "images", int, file),
+        split_images=_entry(values, "images_in_split" if "images_in_split" in values else "images", int, file),
         data=(_entry(values, "data.name", str, file), _entry(values, "data.version", str, file)),
         split=_entry(values, "split", str, file),
         step=_entry(values, "checkpoint.step", int, file),

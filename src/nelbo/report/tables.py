@@ -93,7 +93,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         found: dict[tuple[str, str, int], Baseline] = {}
         for run in members:
             for baseline in run.headline.baselines if run.headline else []:
-                found.setdefault((baseline.name, run.headline.split, run.headline.images), baseline)  # type: ignore[union-attr]
+                found.setdefault((baseline.name, run.headline.split, run.headline.split_images), baseline)  # type: ignore[union-attr]
         several = len({(split, images) for _, split, images in found}) > 1
         labels = [
             (f"{name} ({split}, {images} images)" if several else name, baseline)
@@ -174,6 +174,8 @@ def figures_table(group: Group) -> Table:
     notes = ["± is one standard error over the images. It already contains the draws' own error, given beside it."]
     if len({(r.headline.split, r.headline.images) for r in group.evaluated if r.headline}) > 1:
         notes.append("These figures are not all of the same images: see the line below each name.")
+    if any(r.headline.images < r.headline.split_images for r in group.evaluated if r.headline):
+        notes.append("The baselines are of the whole split, of which a run here saw only a part.")
     if not group.baselines:
         notes.append("No evaluation carries the classical baselines; nelbo evaluate measures them.")
     head = ["", "bits/dim", "draws' own error"]
