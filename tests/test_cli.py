@@ -251,6 +251,7 @@ MISTAKES = [
     ("train DIGITS --objective.minimise-variance True", "needs schedule.kind = monotone with fixed or"),
     ("train DIGITS --latent.kind image", "latent.kind = image needs parameterization = data and"),
     ("train mulan-image-digits NEW --schedule.ends learned", "latent.kind = image needs schedule.ends = fixed"),
+    ("train mulan-image-digits NEW --schedule.ends learned", "latent.kind = image needs schedule.ends = fixed"),
     ("train DIGITS --schedule.kind monotone --objective.minimise-variance True", "needs optimizer.clip = 0"),
     # Folders
     ("train vdm-digits --out {place}/something", "something holds something else and no run.json; --out needs a new"),

@@ -11,6 +11,7 @@ from torch import nn
 from nelbo.compose import build_model
 from nelbo.config import Config, EncoderConfig, LatentConfig, NetworkConfig, ScheduleConfig
 from nelbo.draws import Draws
+from nelbo.evaluation import time_bins
 from nelbo.latents import Label, OneHot
 from nelbo.likelihood import Estimate, compare, draw_terms, vlb
 from nelbo.objectives import elbo
@@ -340,3 +341,16 @@ def test_impossible_evaluations_are_refused(images, fields):
 
 def test_an_estimate_reads_well():
     assert str(Estimate(2.51234, 0.00321)) == "2.5123 ± 0.0032"
+
+
+def test_bands_of_the_loss_by_time_are_over_images_not_draws():
+    """Two draws of an image in one bin are one figure: by hand, and blind to how often a draw is repeated."""
+    result = vlb(toy_model(), toy_images(3, 0), times_per_shift=2, shifts=1)
+    t = np.array([[0.1, 0.2], [0.1, 0.7], [0.2, 0.3]])
+    values = np.array([[1.0, 3.0], [5.0, 8.0], [2.0, 2.0]])
+    for repeats in (1, 4):
+        drawn = dataclasses.replace(result, by_time=(t.repeat(repeats, 1).ravel(), values.repeat(repeats, 1).ravel()))
+        bins = time_bins(drawn, 2)
+        assert bins["t"] == [0.25]  # one image alone, as after 0.5, leaves no error
+        assert bins["mean"] == pytest.approx([(2 + 5 + 2) / 3])
+        assert bins["standard_error"] == pytest.approx([1.0])  # std(2, 5, 2) = sqrt 3, over sqrt 3 images

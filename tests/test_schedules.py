@@ -291,3 +291,14 @@ def test_gradient_hook_needs_its_factor():
 def test_impossible_schedules_are_refused(ends, gammas):
     with pytest.raises(ValueError, match=r"gamma_0 must lie below|ends must be"):
         Schedule(Linear(), *gammas, ends)
+
+
+def test_the_slope_of_a_positive_weight_at_zero_is_one():
+    """|w| at exactly 0 has slope +1, as in the public (JAX) networks: a weight that starts there can still grow."""
+    interior = Monotone(G0, G1, width=2).to(FLOAT)
+    with torch.no_grad():
+        interior.l1.weight.zero_()
+    value, rate = interior.raw(None)(tensor([0.25]).reshape(1, 1, 1, 1))
+    (by_value,) = torch.autograd.grad(value.sum(), interior.l1.weight, retain_graph=True)
+    (by_rate,) = torch.autograd.grad(rate.sum(), interior.l1.weight)
+    assert by_value.item() == 0.25 and by_rate.item() == 1.0
