@@ -2,10 +2,11 @@
 
     python tests/killing.py RUN KILLS SEED        (the configuration as JSON on stdin)
 
-Every life is the same training, which continues RUN. Lives are ended by SIGKILL, by turns after a random time and at a
-random file operation inside the run's folder (opening, renaming, making and removing: the audit events), until KILLS
-of them died; the last one is left alone. After every kill whatever checkpoints there are must load. Prints a JSON
-object: the kills, and how many of them left a half-written checkpoint behind.
+Every life is the same training, which continues RUN. Lives are ended by SIGKILL, by turns after a random time, at a
+random file operation inside the run's folder (opening, renaming, making and removing: the audit events), at one inside
+a checkpoint that is being written, and at one inside a checkpoint that is being removed, until KILLS of them died; the
+last one is left alone. After every kill whatever checkpoints there are must load. Prints a JSON object: the kills, and
+how many of them left a half-written checkpoint behind.
 """
 
 import json
@@ -27,26 +28,31 @@ from nelbo.data import load
 from nelbo.training import Trainer, train
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-LONGEST = 0.4  # seconds
-MOST = 60  # file operations; a checkpoint takes about 20
+LONGEST = 0.3  # seconds
+MOST = {"anywhere": 60, "saving": 12, "removing": 12}  # operations; a step that saves takes 18: 5 there, 5 there
 
 
-def live(config: Config, run: Path, operations: int | None) -> None:
-    """One life, in a process of its own; ends itself at the given file operation."""
+def live(config: Config, run: Path, mode: str, operations: int) -> None:
+    """One life, in a process of its own; in the modes of ``MOST`` it ends itself at the given file operation."""
     left = operations
 
     def count(event: str, arguments: tuple) -> None:
         nonlocal left
-        if left is None or event not in EVENTS:
+        if event not in EVENTS:
             return
         path = str(arguments[0])
+        if mode == "saving" and not (event == "open" and path.startswith(f"{run}/checkpoints/.tmp-")):
+            return
+        if mode == "removing" and event not in ("os.remove", "os.rmdir"):
+            return
         if os.path.isabs(path) and not path.startswith(str(run)):  # relative ones are those of removing a folder
             return
         left -= 1
         if left <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(count)
+    if mode in MOST:
+        sys.addaudithook(count)
     train(config, run, say=lambda line: None)
 
 
@@ -57,18 +63,18 @@ def main() -> None:
     Trainer(config, run, load(config.data.source))  # what a life would load otherwise; no backward pass before a fork
     chance, torn, killed, lives = random.Random(seed), 0, 0, 0
     while True:
-        operations = chance.randint(1, MOST) if lives % 2 and killed < kills else None
-        delay = chance.uniform(0, LONGEST) if not lives % 2 and killed < kills else None
+        mode = ("time", "anywhere", "saving", "removing")[lives % 4] if killed < kills else ""
+        operations, delay = chance.randint(1, MOST.get(mode, 1)), chance.uniform(0, LONGEST)
         lives += 1
         child = os.fork()
         if not child:
             try:
-                live(config, run, operations)
+                live(config, run, mode, operations)
                 os._exit(0)
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 os._exit(1)
-        if delay is not None:
+        if mode == "time":
             time.sleep(delay)
             os.kill(child, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -124,7 +124,7 @@ def test_a_second_signal_is_not_held_back(tmp_path: Path) -> None:
 # What test_killed_* train: every file of a run is written often, and every source of randomness is on.
 KILLED = tiny(
     "mulan-digits", network__dropout=0.1, network__flag=True, network__channels=4, data__augment="flip",
-    objective__steps=5, training__accumulate=2, training__steps=32, training__save_every=8, training__log_every=3,
+    objective__steps=5, training__accumulate=2, training__steps=48, training__save_every=8, training__log_every=3,
     training__evaluate_every=40, training__sample_every=160,
 )  # fmt: skip
 
@@ -141,7 +141,7 @@ def killed(run: Path, kills: int, seed: int, config: Config) -> dict[str, int]:
 def test_killed_at_random_moments_the_same_command_ends_bit_identical(tmp_path: Path) -> None:
     assert killed(tmp_path / "whole", 0, 0, KILLED) == {"kills": 0, "torn": 0}
     counts = killed(tmp_path / "killed", 16, 1, KILLED)
-    assert counts["kills"] >= 12 and counts["torn"] >= 3, counts
+    assert counts["kills"] >= 10 and counts["torn"] >= 3, counts
     assert same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
     assert not [path for path in entries(tmp_path / "killed") if "/." in f"/{path}"]  # nothing left over
 
