@@ -152,7 +152,7 @@ def test_killed_two_hundred_times_the_same_command_ends_bit_identical(tmp_path: 
     config = change(KILLED, {"training.steps": 600})
     killed(tmp_path / "whole", 0, 0, config)
     counts = killed(tmp_path / "killed", 200, 2, config)
-    assert counts["kills"] == 200 and counts["torn"] >= 40, counts
+    assert counts["kills"] == 200 and counts["torn"] >= 30, counts
     assert same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
 
 
