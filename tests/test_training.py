@@ -117,8 +117,13 @@ def test_a_second_signal_is_not_held_back(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny(), tmp_path / "run", show=stop, **quiet)
+    # A shell may have started this process with SIGINT ignored, as it does with jobs in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), tmp_path / "run", show=stop, **quiet)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # What test_killed_* train: every file of a run is written often, and every source of randomness is on.
