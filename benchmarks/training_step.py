@@ -41,7 +41,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the nelbo command does; read once, when torch is loaded
+from nelbo.waiting import choose_waiting
+
+choose_waiting()  # as the nelbo command does; read once, when torch is loaded
 
 import numpy as np
 import torch
@@ -427,7 +429,7 @@ def machine() -> dict[str, Any]:
         "flags": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+        "waiting": {k: v for k, v in os.environ.items() if k in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "load": [round(v, 2) for v in os.getloadavg()],
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -26,6 +26,7 @@ from nelbo import checkpoints, cli, likelihood
 from nelbo.config import from_dict
 from nelbo.data import load
 from nelbo.presets import PRESETS, preset
+from nelbo.waiting import choose_waiting
 from tiny import change, entries, flags, tiny
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
@@ -686,3 +687,21 @@ def test_in_a_terminal_training_shows_a_bar_and_ctrl_c_saves(tmp_path: Path) -> 
     assert re.search(r"nelbo: stopped by SIGINT after step \d+, saved; the same command continues", last)
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")  # the cursor is back
     assert checkpoints.read_checkpoint(tmp_path / "run").step >= 30
+
+
+@pytest.mark.parametrize(
+    ("load", "set_by_user", "expected"),
+    [
+        (0.0, {}, {"GOMP_SPINCOUNT": "10000"}),
+        (100.0, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        (100.0, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        (0.0, {"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+    ],
+)
+def test_threads_spin_briefly_where_the_machine_is_idle_and_sleep_where_it_is_busy(
+    monkeypatch: pytest.MonkeyPatch, load: float, set_by_user: dict[str, str], expected: dict[str, str]
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(os, "environ", dict(set_by_user))
+    choose_waiting()
+    assert os.environ == expected

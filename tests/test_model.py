@@ -2,20 +2,33 @@
 
 import dataclasses
 import math
+import typing
 
 import pytest
 import torch
 from torch import nn
 
+from nelbo import networks
 from nelbo.compose import build_model, noise_parameters
-from nelbo.config import Config, EncoderConfig, LatentConfig, NetworkConfig, ScheduleConfig
+from nelbo.config import (
+    Config,
+    DataConfig,
+    EncoderConfig,
+    LatentConfig,
+    NetworkConfig,
+    ObjectiveConfig,
+    ScheduleConfig,
+)
+from nelbo.data.loader import AUGMENTATIONS
 from nelbo.draws import Draws
 from nelbo.errors import UserError
-from nelbo.latents import Gaussian, KHot, Label
+from nelbo.latents import LATENTS, Gaussian, KHot, Label
 from nelbo.model import DiffusionModel
 from nelbo.networks import CNNEncoder
-from nelbo.parameterizations import Noise, Velocity
-from nelbo.paths import Straight, VariancePreserving
+from nelbo.parameterizations import PARAMETERIZATIONS, Noise, Velocity
+from nelbo.paths import PATHS, Straight, VariancePreserving
+from nelbo.schedules import INTERIORS
+from nelbo.times import TIMES
 from toys import FLOAT, linear, polynomial, tensor
 
 SHAPE = (1, 2, 2)
@@ -170,3 +183,25 @@ def test_weights_come_from_the_seed():
 def test_impossible_models_are_refused(made, levels, classes):
     with pytest.raises(UserError):
         build_model(made, SHAPE, levels, classes)
+
+
+@pytest.mark.parametrize(
+    ("owner", "field", "registry"),
+    [
+        (ScheduleConfig, "kind", INTERIORS),
+        (EncoderConfig, "kind", networks.ENCODERS),
+        (NetworkConfig, "kind", networks.NETWORKS),
+        (ObjectiveConfig, "times", TIMES),
+        (Config, "path", PATHS),
+        (Config, "parameterization", PARAMETERIZATIONS),
+        (DataConfig, "augment", AUGMENTATIONS),
+    ],
+)
+def test_the_choices_of_the_configuration_are_those_of_the_registries(owner, field, registry):
+    assert set(typing.get_args(typing.get_type_hints(owner)[field])) == set(registry)
+
+
+def test_the_choices_of_the_latent_are_those_of_the_registry():
+    """Beside the classes: no latent, c = x_0, and the k-hot's two posteriors, one kind with a field."""
+    choices = set(typing.get_args(typing.get_type_hints(LatentConfig)["kind"]))
+    assert choices == set(LATENTS) - {"k-hot-paper"} | {"none", "image"}

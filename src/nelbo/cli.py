@@ -21,6 +21,7 @@ from nelbo.arguments import parse
 from nelbo.config import Config, to_dict
 from nelbo.errors import UserError
 from nelbo.stopping import Stopped
+from nelbo.waiting import choose_waiting
 
 __all__ = ["main"]
 
@@ -354,8 +355,7 @@ def run(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The ``nelbo`` command: 0; 2 with one line on stderr for a mistake; 128 + its number where a signal stopped it."""
-    # Waiting threads sleep instead of spinning: beside other work, spinning ones make a step tens of times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    choose_waiting()
     try:
         run(sys.argv[1:] if arguments is None else arguments)
         return 0

@@ -32,7 +32,7 @@ def _digits() -> Config:
         encoder=EncoderConfig(levels=2),
         optimizer=OptimizerConfig(learning_rate=3e-3, decay="cosine", clip=1.0, ema=0.995),
         training=TrainingConfig(
-            steps=3500, batch=64, log_every=50, evaluate_every=32_000, evaluate_images=200, evaluate_times=4,
+            steps=2000, batch=64, log_every=50, evaluate_every=32_000, evaluate_images=200, evaluate_times=4,
             sample_every=0, save_every=16_000, keep=2,
         ),
     )  # fmt: skip
