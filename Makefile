@@ -13,8 +13,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## train MuLAN on digits, evaluate, sample, report: about ten minutes on two cores
 	$(BIN)/nelbo train mulan-digits --out $(DEMO)
-	test -f $(DEMO)/evaluations/test-best-ema-vlb-16x2.json || $(BIN)/nelbo evaluate $(DEMO)
-	test -f $(DEMO)/samples/best.png || $(BIN)/nelbo sample $(DEMO) --count 100 --out $(DEMO)/samples/best
+	test $(DEMO)/evaluations/test-best-ema-vlb-16x2.json -nt $(DEMO)/run.json || $(BIN)/nelbo evaluate $(DEMO)
+	test $(DEMO)/samples/best.png -nt $(DEMO)/run.json || $(BIN)/nelbo sample $(DEMO) --count 100 --out $(DEMO)/samples/best
 	$(BIN)/nelbo report $(DEMO)
 
 test: $(INSTALLED)  ## everything but the tests marked slow: minutes

@@ -414,6 +414,71 @@ def test_label():
     assert stats.chisquare(prior.sum(0).numpy()).pvalue > 1e-3
 
 
+# The weight of a draw -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.8, 5.0])
+def test_k_hot_weight_by_enumeration(scale):
+    """log p(c)/q(c|x) of every subset: its mean under q is one in weights, and minus the KL in logarithms."""
+    theta, latent = thetas(scale), KHot(N, K)
+    _, q = enumerated(theta)
+    found = torch.stack([latent.log_weight((theta,), subset.expand(5, -1)) for subset in SUBSETS], 1)
+    assert torch.allclose(found, -math.log(20) - q.log(), rtol=1e-10, atol=1e-12)
+    assert torch.allclose((q * found.exp()).sum(1), torch.ones(5, dtype=FLOAT), rtol=1e-11)
+    noise = Draws(0, range(5)).uniform("latent", (N,)).to(FLOAT)
+    draw = latent.posterior((theta,), noise)
+    assert torch.allclose(-(q * found).sum(1), draw.kl, rtol=1e-10, atol=1e-11)
+    place = (draw.c @ SUBSETS.T).argmax(1)  # the weight of the draw itself, as it comes
+    assert torch.allclose(latent.log_weight((theta,), draw.c), found[torch.arange(5), place], rtol=1e-10, atol=1e-11)
+
+
+def test_one_hot_weight_by_enumeration():
+    logits, latent = thetas(2.0), OneHot(N)
+    q = torch.softmax(logits, 1)
+    found = torch.stack([latent.log_weight((logits,), c.expand(5, -1)) for c in torch.eye(N, dtype=FLOAT)], 1)
+    assert torch.allclose(found, -math.log(N) - q.log(), rtol=1e-11)
+    assert torch.allclose((q * found.exp()).sum(1), torch.ones(5, dtype=FLOAT), rtol=1e-12)
+    assert torch.allclose(-(q * found).sum(1), latent.posterior((logits,), 0 * logits).kl, rtol=1e-11)
+
+
+def test_gaussian_weight_by_quadrature():
+    """N(0, I) over N(mu, var), against torch.distributions; its mean under q is one (trapezoidal rule in the plane),
+    and that of its logarithm minus the KL (quadratic in the noise: two points per axis are exact)."""
+    latent = Gaussian(2)
+    mu, raw = tensor([[0.7, -1.1]]), tensor([[-0.5, 1.3]])
+    deviation = F.softplus(raw).sqrt()
+    q, p = torch.distributions.Normal(mu, deviation), torch.distributions.Normal(tensor(0.0), tensor(1.0))
+    line = torch.linspace(-9, 9, 181, dtype=FLOAT)
+    grid = torch.cartesian_prod(line, line)
+    parameters = (mu.expand(len(grid), -1), raw.expand(len(grid), -1))
+    found = latent.log_weight(parameters, grid)
+    assert torch.allclose(found, (p.log_prob(grid) - q.log_prob(grid)).sum(1), rtol=1e-10, atol=1e-10)
+    total = (q.log_prob(grid).sum(1).exp() * found.exp()).sum() * 0.1**2
+    assert total.item() == pytest.approx(1, abs=1e-10)
+    signs = tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    four = (mu.expand(4, -1), raw.expand(4, -1))
+    draw = latent.posterior(four, signs)
+    assert -latent.log_weight(four, draw.c).mean().item() == pytest.approx(draw.kl[0].item(), rel=1e-12)
+
+
+def test_a_label_s_weight_is_its_price():
+    """q is a point: the weight is p(c), whose logarithm is minus the KL; over the labels it sums to one."""
+    latent, labels = Label(10), torch.arange(10)
+    draw = latent.posterior((labels,), torch.zeros(10, 0))
+    found = latent.log_weight((labels,), draw.c)
+    assert torch.allclose(-found, draw.kl) and found.exp().sum().item() == pytest.approx(1, rel=1e-6)
+
+
+def test_the_papers_k_hot_weighs_with_q_replaced_by_1():
+    """Its q(c|x) is not known, and at most 1: the weight is p(c), whose logarithm is minus the valid charge."""
+    theta, latent = thetas(2.0, 20), PaperKHot(N, K)
+    found = latent.log_weight((theta,), SUBSETS)
+    assert found.exp().sum().item() == pytest.approx(1, rel=1e-12)
+    assert torch.allclose(-found, latent.posterior((theta,), 0 * theta).valid_kl, rtol=1e-13)
+    for gumbel in (plackett_luce(row) for row in theta[:5]):  # so its mean under any true q is at most one
+        assert float((gumbel * found.exp()).sum()) <= 1
+
+
 def test_draws_of_a_latent_do_not_depend_on_the_batch():
     """The same image has the same noise and the same c alone and in company, for every kind."""
     for latent in (KHot(N, K), PaperKHot(N, K), PaperKHot(N, K, "gumbel"), OneHot(N), Gaussian(N), Label(N)):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import reference_odes
 from nelbo import latents, objectives, optimizers, pixels, samplers, times
 from nelbo.config import OptimizerConfig
 from nelbo.model import DiffusionModel
@@ -345,6 +346,60 @@ def loss(case: Case, compare: Comparison, kind: str, allowed: Allowed) -> None:
                 refed(case, compare, v, network, flag)
 
 
+def idode_loss(case: Case, compare: Comparison) -> None:
+    """i-DODE's losses from the images on: both paths, importance-sampled times, the second order, and the gradients.
+
+    Its decoder divides z_0 by alpha_0 twice; its loss has the prior N(0, I); a straight velocity of it is 1/sqrt 2 of
+    ours. ``F_div`` is that of its network.
+    """
+    images, flag = channels_first(case["in/images"]), case["in/conditioning"]
+    batch, shape = len(images), (images.shape[1], images.shape[2], images.shape[3])
+    for v in case.variants("loss_diff"):
+        settings = case.settings(v)
+        model = reference_odes.build(case, settings, shape, v.removesuffix("/"))
+        model.prior_scale = 1.0
+        network = model.network.network if isinstance(model.network, reference_odes.Scaled) else model.network
+        calls, raw = record(model.network), record(network)
+        x, t = pixels.encode(images, model.levels), draw_times(case, v, batch)
+        eps, eps_0 = (channels_first(case[f"draw/{v}{name}"]) for name in ("eps", "eps_0"))
+        weight = settings["second_order_weight"] if settings["second_order"] else 0.0
+        probe = channels_first(case[f"draw/{v}hutchinson"]) if weight else None
+        terms = objectives.elbo(
+            model, images, t=t, eps=eps, eps_0=eps_0, flag=flag,
+            importance=settings["importance"], second_order=weight, probe=probe,
+        )  # fmt: skip
+        gamma_0, gamma_1 = (model.schedule(torch.tensor([end]))[0] for end in (0.0, 1.0))
+        alpha_0, sigma_0 = model.path.coefficients(gamma_0)
+        twice = -pixels.log_likelihood(images, x + torch.exp(gamma_0 / 2) * eps_0, alpha_0, gamma_0, model.levels)
+        bpd = pixels.bits_per_dim((terms.loss - terms.reconstruction + twice).mean(), model.dimensions)
+        bpd.backward()
+        _, z_t, gamma, columns = calls[0]
+        added = terms.second_order if isinstance(terms, objectives.TermsAndSecondOrder) else torch.zeros(batch)
+        if probe is not None:
+            z = z_t.detach().requires_grad_()
+            (product,) = torch.autograd.grad(network(z, gamma, columns), z, probe)
+            compare(f"{v}F_div", (product * probe).flatten(1).sum(1), relative=3e-4)
+        compare(f"{v}t", t, absolute=1e-6)
+        compare(f"{v}g_t", gamma.flatten(), absolute=VDM.gamma)
+        compare(f"{v}var_0", (sigma_0**2).squeeze(), relative=VDM.loss)
+        compare(f"{v}var_1", (model.path.coefficients(gamma_1)[1] ** 2).squeeze(), relative=VDM.loss)
+        compare(f"{v}z_t", z_t, absolute=VDM.z, layout=channels_first)
+        compare(f"{v}net_out", raw[0][0], **VDM.output, layout=channels_first)
+        compare(f"{v}loss_recon", twice, relative=VDM.loss)
+        of_prior = model.dimensions * 2**-24 / float(case[f"out/{v}loss_klz"].mean())  # as above
+        compare(f"{v}loss_klz", terms.prior, relative=VDM.loss + of_prior)
+        compare(f"{v}loss_diff", terms.diffusion, relative=VDM.loss)
+        if weight:
+            compare(f"{v}loss_diff2", added, relative=3e-4)
+        else:
+            compare(f"{v}loss_diff2", added, absolute=1e-30)
+        compare(f"{v}bpd_train", bpd, relative=VDM.loss)
+        parameters = case.under("params/score_model/")
+        noise = without_gradient(parameters, network.channels == GROUPS)
+        prefix = f"{v}grad_l2/score_model/"
+        compare.gradients(prefix, network, network_names(parameters), noise, VDM.gradient)
+
+
 def latent_parts(
     case: Case, compare: Comparison, v: str, model: DiffusionModel, x: Tensor, latent: latents.LatentDraw
 ) -> None:
@@ -484,14 +539,17 @@ KINDS: dict[str, Callable[[Case, Comparison], None]] = {
     "latents": latent,
     "vdm_loss": partial(loss, kind="noise", allowed=VDM),
     "mulan_epsilon_loss": partial(loss, kind="noise", allowed=MULAN),
+    "idode_loss": idode_loss,
     "mulan_velocity_loss": partial(loss, kind="velocity", allowed=MULAN),
     "vdm_ancestral": ancestral,
     "mulan_ancestral": ancestral,
     "optimizer": optimizer,
+    "idode_ode_drift": reference_odes.drift,
+    "mulan_ode_drift": reference_odes.drift,
+    "idode_ode_likelihood": reference_odes.ode_likelihood,
+    "mulan_ode_likelihood": reference_odes.ode_likelihood,
 }
-# i-DODE, and likelihoods by ODE: not here yet.
-LATER = ("idode_loss", "idode_ode_drift", "idode_ode_likelihood", "mulan_ode_drift", "mulan_ode_likelihood")
-FILES = [path for path in sorted(FOLDER.glob("*.npz")) if not path.name.startswith(LATER)]
+FILES = sorted(FOLDER.glob("*.npz"))
 
 
 def test_the_folder_holds_cases() -> None:

@@ -1,17 +1,21 @@
-"""Ancestral sampling: the law of the samples against closed forms, keyed randomness, flat schedules, decoding."""
+"""Samplers: the law of the samples against closed forms, keyed randomness, flat schedules, decoding, the flow."""
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
 from nelbo import objectives, pixels
+from nelbo.compose import build_model
+from nelbo.config import Config, EncoderConfig, LatentConfig, NetworkConfig, ScheduleConfig
 from nelbo.draws import Draws
 from nelbo.latents import KHot
 from nelbo.parameterizations import PARAMETERIZATIONS
 from nelbo.paths import PATHS
-from nelbo.samplers import ancestral, reverse_step, sample
+from nelbo.samplers import ancestral, decode_noise, encode_images, reverse_step, sample, sample_ode
 from nelbo.schedules import Polynomial, Schedule, default_gamma_0
-from toys import FLOAT, build, gaussian, linear, polynomial, tensor, two_pixels
+from toys import FLOAT, build, gaussian, linear, mixture, polynomial, tensor, two_pixels
 
 DEVIATIONS = [0.2, 0.7, 1.6]
 G0, G1 = -9.0, 5.0
@@ -240,3 +244,167 @@ def test_training_mode_is_restored():
 def test_impossible_samples_are_refused(count, steps):
     with pytest.raises(ValueError, match="at least 1"):
         sample(toy_model(), count, steps=steps)
+
+
+# By the probability flow ---------------------------------------------------------------------------------------------
+
+
+def network_model():
+    """A small network with weights that are not those of the start, per-pixel curves given a k-hot code, in float64.
+
+    Without Fourier features, whose short waves make a flow through random weights chaotic.
+    """
+    config = Config(
+        schedule=ScheduleConfig(kind="polynomial", width=8),
+        latent=LatentConfig(kind="k-hot", size=6, k=2),
+        encoder=EncoderConfig(levels=1),
+        network=NetworkConfig(channels=8, levels=1, groups=2, dropout=0.0, fourier=()),
+    )
+    torch.manual_seed(0)
+    model = build_model(config, (1, 4, 4), 17).to(FLOAT)
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=random, dtype=FLOAT))
+    return model.eval()
+
+
+def round_trip(model, images, c, tolerance):
+    """How far encoding and decoding takes z_0 from where it was, at most; and whether it is in the right bins."""
+    there = encode_images(model, images, c, rtol=tolerance, atol=tolerance)
+    back = decode_noise(model, there.z, c, rtol=tolerance, atol=tolerance)
+    assert there.solution.success and back.solution.success and there.divergence is None
+    with torch.no_grad():
+        gamma_0, _ = model.curve(c)(torch.zeros(len(images), dtype=FLOAT))
+    alpha_0, _ = model.path.coefficients(gamma_0)
+    z_0 = alpha_0 * pixels.encode(images, model.levels, FLOAT)
+    assert (there.z - z_0).abs().max().item() > 0.1
+    right = torch.equal(pixels.decode(back.z, alpha_0, gamma_0, model.levels), images)
+    return (back.z - z_0).abs().max().item(), right
+
+
+@pytest.mark.parametrize("which", ["network", "toy"])
+def test_encoding_and_decoding_come_back(which):
+    """A random network and an exact denoiser: the error of the round trip falls with the tolerance, ten times at least
+    for a hundred times, to less than 1e-3, and every pixel is its own again."""
+    if which == "network":
+        model, c = network_model(), KHot(6, 2).prior(Draws(0, range(3))).to(FLOAT)
+        images = torch.randint(17, (3, 1, 4, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        tolerances = (1e-2, 1e-4)
+    else:
+        toy = two_pixels()
+        model, c = build(toy, polynomial(toy.shape, TOY_G0, G1, seed=1), "straight", "velocity"), None
+        images = toy.images.reshape(16, 1, 1, 2).to(torch.uint8)
+        tolerances = (1e-3, 1e-5, 1e-7)
+    found = [round_trip(model, images, c, tolerance) for tolerance in tolerances]
+    errors = [error for error, _ in found]
+    assert all(less < more / 10 for more, less in itertools.pairwise(errors)) and errors[-1] < 1e-3
+    assert found[-1][1]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_encoded_gaussian_data_are_normal_numbers(path):
+    """4 000 images of Gaussian data in 256 levels, exact denoiser: z_1 = z_0 sqrt(V_1/V_0), whose means, variances and
+    correlation are those of N(0, V_1 I) within 4.5 standard errors; on VP V_1 is 1 to 0.7 %."""
+    toy, count = gaussian([0.2, 0.3]), 4000
+    toy.levels = 256
+    model = build(toy, polynomial(toy.shape, -13.3, G1, seed=2), path, "velocity")
+    x = toy.variance.sqrt() * torch.randn(count, 2, generator=torch.Generator().manual_seed(0), dtype=FLOAT)
+    images = ((x.clamp(-0.999, 0.999) + 1) * 128).floor().to(torch.uint8).reshape(count, 1, 1, 2)
+    z = encode_images(model, images, rtol=1e-6, atol=1e-6).z.flatten(1)
+    with torch.no_grad():
+        alpha, sigma = model.path.coefficients(model.schedule(tensor([0.0, 1.0]))[0].flatten(1))
+    start, end = alpha**2 * toy.variance + sigma**2
+    z_0 = alpha[0] * pixels.encode(images, 256, FLOAT).flatten(1)
+    assert torch.allclose(z, z_0 * (end / start).sqrt(), rtol=1e-3, atol=1e-3)
+    if path == "vp":
+        assert bool(((end - 1).abs() < 0.007).all())
+    z = z / end.sqrt()
+    assert z.mean(0).abs().max().item() < 4.5 / count**0.5
+    assert (z.var(0) - 1).abs().max().item() < 4.5 * (2 / count) ** 0.5
+    assert abs((z[:, 0] * z[:, 1]).mean().item()) < 4.5 / count**0.5
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_ode_samples_of_gaussian_data(path):
+    """z_0 = z_1 sqrt(V_0/V_1) of the keyed z_1, sample by sample; moments of 4 000 within 4.5 standard errors."""
+    toy, count = gaussian(DEVIATIONS), 4000
+    toy.levels = 256
+    model = build(toy, polynomial(toy.shape, -13.3, G1, seed=2), path, "noise", prior_scale=0.95)
+    _, found = sample_ode(model, count, seed=4)
+    with torch.no_grad():
+        alpha, sigma = model.path.coefficients(model.schedule(tensor([0.0, 1.0]))[0].flatten(1))
+    start, end = alpha**2 * toy.variance + sigma**2
+    z_1 = 0.95 * Draws(4, range(count)).normal("prior", toy.shape).to(FLOAT).flatten(1)
+    z_0 = found.z.flatten(1)
+    assert torch.allclose(z_0, z_1 * (start / end).sqrt(), rtol=1e-3, atol=1e-3)
+    variance = 0.95**2 * start / end
+    assert bool((z_0.mean(0).abs() < 4.5 * (variance / count).sqrt()).all())
+    assert bool(((z_0**2).mean(0) / variance - 1).abs().max() < 4.5 * (2 / count) ** 0.5)
+
+
+def test_ode_samples_of_a_mixture():
+    """4 000 of them from gamma_1 = 12: means and covariances of z_0 within 4.5 standard errors of the mixture's, and
+    the share of each component within 4.5 of its weight."""
+    toy, count = mixture(), 4000
+    model = build(toy, polynomial(toy.shape, -13.3, 12.0, seed=2), "vp", "velocity")
+    z = sample_ode(model, count, seed=5)[1].z.flatten(1).to(FLOAT)
+    weights = toy.log_weights.exp()
+    mean = weights @ toy.means
+    apart = toy.means - mean
+    covariance = (weights[:, None] * apart).T @ apart + torch.diag(toy.variance)
+    assert bool(((z.mean(0) - mean).abs() < 4.5 * (covariance.diagonal() / count).sqrt()).all())
+    products = torch.einsum("bi,bj->bij", z - mean, z - mean)
+    assert bool(((products.mean(0) - covariance).abs() < 4.5 * products.std(0) / count**0.5).all())
+    nearest = ((z[:, None] - toy.means) ** 2).sum(2).argmin(1)  # they hardly overlap
+    share = torch.bincount(nearest, minlength=3) / count
+    assert bool(((share - weights).abs() < 4.5 * (weights * (1 - weights) / count).sqrt() + 0.005).all())
+
+
+def test_ode_samples_of_the_enumerated_toy():
+    """3 000 images: within 0.05 in total variation of the pmf, as by ancestral sampling."""
+    images, found = sample_ode(toy_model(), 3000)
+    assert images.dtype == torch.uint8 and images.shape == (3000, 1, 1, 2) and found.solution.success
+    share = torch.bincount(images.flatten(1).long() @ torch.tensor([4, 1]), minlength=16) / 3000
+    pmf = two_pixels().log_weights.exp()
+    assert ((share - pmf).abs().sum() / 2).item() < 0.05
+    gamma = torch.full((1, 1, 1, 1), TOY_G0)
+    alpha = torch.sigmoid(-gamma).sqrt()
+    assert torch.equal(images, pixels.decode(found.z, alpha, gamma, 4))
+
+
+def test_ode_sample_k_does_not_depend_on_the_others():
+    """Nor does what it costs; ``first`` names the first; the mode is restored; a decoder's draw is keyed too."""
+    model = toy_model()
+    model.train()
+    many, record = sample_ode(model, 7, seed=5)
+    for images, end, part in (
+        (*sample_ode(model, 3, seed=5), slice(0, 3)), (*sample_ode(model, 2, seed=5, first=4), slice(4, 6))
+    ):  # fmt: skip
+        assert torch.equal(images, many[part]) and torch.allclose(end.z, record.z[part], atol=1e-6)
+        assert torch.equal(end.solution.evaluations, record.solution.evaluations[part])
+    assert model.training and not torch.equal(sample_ode(model, 7, seed=6)[0], many)
+    drawn, _ = sample_ode(model, 7, seed=5, categorical=True)
+    uniform, gamma = Draws(5, range(7)).uniform("decode", (1, 1, 2)), torch.full((1, 1, 1, 1), TOY_G0)
+    assert torch.equal(drawn, pixels.decode(record.z, torch.sigmoid(-gamma).sqrt(), gamma, 4, uniform))
+    with pytest.raises(ValueError, match="at least 1"):
+        sample_ode(model, 0)
+
+
+def test_ode_samples_take_their_latent_from_the_prior():
+    """The c of ``draw_prior``, in the network for as long as a sample is at work."""
+    seen = []
+
+    def network(z, gamma, conditioning):
+        seen.append(conditioning)
+        return z
+
+    model = toy_model(latent=KHot(4, 2))
+    model.network = network
+    sample_ode(model, 6, seed=2)
+    assert torch.equal(seen[0], KHot(4, 2).prior(Draws(2, range(6)))) and len(seen) > 6
+
+
+def test_images_to_be_encoded_must_be_whole_numbers():
+    with pytest.raises(ValueError, match="whole numbers"):
+        encode_images(toy_model(), torch.zeros(1, 1, 1, 2))

@@ -917,3 +917,21 @@ def test_the_presets_of_the_papers_have_the_papers_sizes() -> None:
     augmented = parameters("vdm-cifar10-aug", 256, (3, 32, 32))
     assert augmented["network"] == unet(256, 32, 1, everywhere=True)
     assert parameters("vdm-imagenet64", 256, (3, 64, 64))["network"] == unet(256, 64, 1)
+    for path in ("vp", "sp"):
+        assert parameters(f"idode-{path}-cifar10", 256, (3, 32, 32)) == {"network": unet(128, 32, 1)}
+        assert parameters(f"idode-{path}-cifar10-aug", 256, (3, 32, 32)) == {"network": unet(256, 32, 1, True)}
+        for version, batch in (("old", 512), ("new", 128)):
+            config = preset(f"idode-{path}-imagenet32-{version}")
+            assert parameters(f"idode-{path}-imagenet32-{version}", 256, (3, 32, 32)) == {"network": unet(256, 32, 1)}
+            assert (config.data.source, config.training.batch) == (f"imagenet32-{version}", batch)
+            assert (config.training.steps, config.network.dropout) == (2_000_000, 0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("idode")])
+def test_the_presets_of_i_dode_are_i_dode(name: str) -> None:
+    config = preset(name)
+    assert (config.schedule.kind, config.schedule.ends, config.latent.kind) == ("linear", "fixed", "none")
+    assert (config.parameterization, config.objective.times, config.network.flag) == ("velocity", "importance", True)
+    assert config.path == ("vp" if "-vp-" in name else "straight")
+    assert config.objective.second_order == 0  # for fine-tuning
+    assert (config.data.augment == "vdm") == name.endswith("-aug")

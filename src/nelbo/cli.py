@@ -49,12 +49,12 @@ Weights = Literal["ema", "raw"]
 
 @dataclass(frozen=True)
 class Evaluate:
-    """The variational bound of a run in bits per dimension, with error bars; writes RUN/evaluations/*.json."""
+    """The bound of a run, or its likelihood by ODE, in bits per dimension; writes RUN/evaluations/*.json."""
 
     run: Run
     """A run folder."""
-    method: Literal["vlb"] = "vlb"
-    """vlb: the variational lower bound."""
+    method: Literal["vlb", "ode"] = "vlb"
+    """vlb: the variational bound; ode: the likelihood by the probability flow (killed, the same command goes on)."""
     checkpoint: str = "best"
     """best, last or a step."""
     weights: Weights = "ema"
@@ -65,16 +65,34 @@ class Evaluate:
     """Other images, their --split: a data set's name, a .npy or .npz file or a folder. By default the run's."""
     images: int | None = None
     """Only the first so many images of the split."""
-    times: int = 16
-    """Stratified times per image and shift; 1 is the sparse, 128 the dense bound of the papers."""
-    shifts: int = 2
-    """Independent shifts of the time grid; 2 or more give the draws' own error."""
-    steps: int | None = None
-    """T of the discrete bound, 0 for continuous time. By default the T of training."""
     seed: int = 0
-    """Seed of times, noise and latents, which are keyed by image."""
-    batch: int = 256
-    """Network rows at once; the figure does not depend on it."""
+    """Seed of times, noise, latents and probes, which are keyed by image."""
+    batch: int | None = None
+    """Network rows at once; the figure does not depend on it. By default 256 (vlb) or 64 (ode)."""
+    times: int = 16
+    """vlb: stratified times per image and shift; 1 is the sparse, 128 the dense bound of the papers."""
+    shifts: int = 2
+    """vlb: independent shifts of the time grid; 2 or more give the draws' own error."""
+    steps: int | None = None
+    """vlb: T of the discrete bound, 0 for continuous time. By default the T of training."""
+    dequantization: Literal["truncated-normal", "uniform", "variational"] = "truncated-normal"
+    """ode: noise that makes reals of grey levels; variational: Gaussian, with the model's decoder."""
+    samples: int = 1
+    """ode: importance samples K of noise and latent per image and replicate (20 in MuLAN's and i-DODE's papers)."""
+    replicates: int = 2
+    """ode: independent repetitions R, each with a probe of its own; 2 or more give the draws' own error."""
+    trace: Literal["rademacher", "gaussian", "exact"] = "rademacher"
+    """ode: Hutchinson probes, whose figure is an estimate, or the exact trace, a bound; C H W times the work."""
+    probes: int = 1
+    """ode: probes averaged in every solve."""
+    rtol: float = 3e-4
+    """ode: relative tolerance per pixel, in units of the noise there, and of the log-density per dimension."""
+    atol: float = 3e-4
+    """ode: absolute tolerance per pixel, in units of the noise there, and of the log-density in nats per dimension."""
+    solver: Literal["bosh3", "dopri5"] = "bosh3"
+    """ode: the Runge-Kutta pair, Bogacki-Shampine 3(2) or Dormand-Prince 5(4)."""
+    state: Literal["float32", "float64"] = "float32"
+    """ode: precision of the state; the network's is float32."""
     compare: Path | None = None
     """Another run: the paired difference per image, same draws, with its error."""
     per_image: Path | None = None
@@ -93,12 +111,16 @@ class Sample:
     """A run folder."""
     count: int = 64
     """Images."""
-    method: Literal["ancestral"] = "ancestral"
-    """ancestral: T steps of p(z_s|z_t)."""
+    method: Literal["ancestral", "ode"] = "ancestral"
+    """ancestral: T steps of p(z_s|z_t); ode: the probability flow, with as many evaluations as the tolerance needs."""
     steps: int = 256
-    """T."""
+    """ancestral: T."""
     clip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep x_hat within the grey levels at every step."""
+    """ancestral: keep x_hat within the grey levels at every step."""
+    rtol: float = 3e-4
+    """ode: relative tolerance per pixel, in units of the noise there."""
+    atol: float = 3e-4
+    """ode: absolute tolerance per pixel, in units of the noise there."""
     decoding: Literal["argmax", "categorical"] = "argmax"
     """The most probable levels of p(v|z_0), or a draw of it."""
     checkpoint: str = "best"
@@ -110,7 +132,7 @@ class Sample:
     batch: int = 256
     """Images at once."""
     trajectory: int = 8
-    """Images shown on their way from noise; 0 for no strip."""
+    """ancestral: images shown on their way from noise; 0 for no strip."""
     out: Path | None = None
     """Path of the files without suffix. By default RUN/samples/ and a name made of the settings."""
     device: str | None = None
@@ -212,9 +234,16 @@ def _print_evaluation(command: Evaluate, found: Any) -> None:
         shown = "" if error is None or error != error else f"{error:.4f}"
         table.add_row(escape(name), f"{mean:.4f}", shown, style=style)
 
-    steps, own, published = result.settings["steps"], result.draws_error, result.as_published
-    row(f"bound (VLB, {f'T = {steps}' if steps else 'continuous time'})", result.mean, result.standard_error, "bold")
-    table.add_row("  of which the draws' own", "", f"{own:.4f}" if own == own else "needs --shifts 2")
+    settings, own, published = result.settings, result.draws_error, result.as_published
+    if settings["method"] == "vlb":
+        kind = f"VLB, T = {settings['steps']}" if settings["steps"] else "VLB, continuous time"
+    else:
+        kind = f"ODE, {settings['dequantization']}, K = {settings['samples']}"
+    row(f"{'bound' if result.is_bound else 'estimate'} ({kind})", result.mean, result.standard_error, "bold")
+    again = "needs --shifts 2" if settings["method"] == "vlb" else "needs --replicates 2"
+    table.add_row("  of which the draws' own", "", f"{own:.4f}" if own == own else again)
+    if record["tolerance"] is not None:
+        row("  the tolerance's, on few images", record["tolerance"]["mean"], record["tolerance"]["standard_error"])
     for name, value in result.terms.items():
         if published is None or name != "latent":
             row(f"  {name.removeprefix('valid_')}", value.mean, value.standard_error)
@@ -231,6 +260,11 @@ def _print_evaluation(command: Evaluate, found: Any) -> None:
     Console(width=None if sys.stdout.isatty() else 98).print(table)
     if seen < whole and record["baselines"]:
         print(f"the references at the foot were measured on all {whole} images")
+    if cost := record["cost"]:
+        print(
+            f"{cost['evaluations_per_solve']:.1f} evaluations a solve (at most {cost['most_evaluations']:.0f}; "
+            f"{cost['rejected_per_solve']:.1f} steps rejected), {cost['seconds_per_image']:.2f} seconds an image"
+        )
     print(f"written: {found.path}" + (f", {command.per_image}" if command.per_image else ""))
 
 
@@ -243,6 +277,14 @@ def _sample(command: Sample) -> None:
             "--seed must lie in 0 .. 2^64 - 1 and --trajectory be 0 or more, "
             f"got {command.seed} and {command.trajectory}"
         )
+    given = {"ancestral": command.steps, "ode": f"{command.rtol:g}"}[command.method]
+    if command.method == "ode" and (command.steps, command.clip) != (Sample.steps, Sample.clip):
+        raise UserError("--steps and --clip belong to --method ancestral, and the method is ode")
+    if command.method == "ancestral" and (command.rtol, command.atol) != (Sample.rtol, Sample.atol):
+        raise UserError("--rtol and --atol belong to --method ode, and the method is ancestral")
+    for name in ("rtol", "atol"):
+        if not 0 < getattr(command, name) < 1:
+            raise UserError(f"--{name} must lie between 0 and 1, got {getattr(command, name)}")
     _set_threads(command.threads)
     from nelbo import checkpoints, sampling
     from nelbo.devices import choose_device
@@ -252,7 +294,9 @@ def _sample(command: Sample) -> None:
     step = checkpoints.read_checkpoint(command.run, command.checkpoint).step
     device = choose_device(command.device)
     model = checkpoints.load_model(command.run, command.checkpoint, command.weights, device)
-    name = f"step-{step}-{command.method}-{command.steps}-seed{command.seed}-{command.count}"
+    if command.method == "ode" and model.schedule_reads_image:
+        raise UserError(f"the schedule of {command.run} reads the image: it has no probability flow; use ancestral")
+    name = f"step-{step}-{command.method}-{given}-seed{command.seed}-{command.count}"
     for word, chosen in (("clip", command.clip), (command.decoding, command.decoding != "argmax"),
                          (command.weights, command.weights != "ema")):  # fmt: skip
         name += f"-{word}" if chosen else ""
@@ -263,8 +307,11 @@ def _sample(command: Sample) -> None:
             model,
             stem,
             count=command.count,
+            method=command.method,
             steps=command.steps,
             clip=command.clip,
+            rtol=command.rtol,
+            atol=command.atol,
             categorical=command.decoding == "categorical",
             seed=command.seed,
             batch=command.batch,
@@ -310,7 +357,7 @@ def _help() -> str:
             "",
             "  nelbo presets                              what there is, one line each",
             "  nelbo train PRESET --out RUN [--field value]  train; the same command again resumes; --dry-run prints",
-            "  nelbo evaluate RUN                         bits/dim with error bars; writes RUN/evaluations/*.json",
+            "  nelbo evaluate RUN [--method vlb|ode]      bits/dim with error bars; writes RUN/evaluations/*.json",
             "  nelbo sample RUN --count N                 images: .npz and a .png grid",
             "  nelbo report RUN [RUN ...]                 one self-contained HTML page",
             "",

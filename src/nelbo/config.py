@@ -115,10 +115,12 @@ class ObjectiveConfig:
 
     steps: int = 0
     """T of the discrete-time bound; 0 is continuous time."""
-    times: Literal["stratified", "uniform"] = "stratified"
-    """How t is drawn over a batch: one stratified grid with a random shift, or independently."""
+    times: Literal["stratified", "uniform", "importance"] = "stratified"
+    """How t is drawn over a batch in training: a grid with a random shift; independently; the grid by importance."""
     minimise_variance: bool = False
     """Train the schedule's interior on the estimator's variance (VDM appendix I.2) instead of on the bound."""
+    second_order: float = 0.0
+    """Weight of i-DODE's second-order term, added in training only (0.1 in the paper, to fine-tune a trained model)."""
     prior_scale: float = 1.0
     """Standard deviation of the prior p(z_1)."""
 
@@ -207,8 +209,8 @@ POSITIVE = (
     "training.evaluate_times training.keep"
 ).split()
 NOT_NEGATIVE = (
-    "network.levels objective.steps optimizer.weight_decay optimizer.warmup optimizer.clip training.seed "
-    "training.evaluate_every training.sample_every training.save_every"
+    "network.levels objective.steps objective.second_order optimizer.weight_decay optimizer.warmup optimizer.clip "
+    "training.seed training.evaluate_every training.sample_every training.save_every"
 ).split()
 FRACTIONS = "network.dropout optimizer.beta_1 optimizer.beta_2 optimizer.ema".split()
 
@@ -234,6 +236,7 @@ def check(config: Config) -> None:
         if not 0 <= value(path) < 1:
             raise UserError(f"{path} must lie in [0, 1), got {value(path)}")
     network, latent, schedule, training = config.network, config.latent, config.schedule, config.training
+    objective = config.objective
     if not training.seed < 2**64:
         raise UserError(f"training.seed must lie below 2^64, got {training.seed}")
     for name, channels in (("network", network.channels), ("encoder", config.encoder.channels or network.channels)):
@@ -258,7 +261,7 @@ def check(config: Config) -> None:
         )
     if schedule.ends == "free" and schedule.kind not in ("monotone", "pixel-monotone"):
         raise UserError(f"schedule.ends = free needs schedule.kind monotone or pixel-monotone, got {schedule.kind}")
-    if config.objective.minimise_variance and (schedule.kind, schedule.ends) not in (
+    if objective.minimise_variance and (schedule.kind, schedule.ends) not in (
         ("monotone", "fixed"),
         ("monotone", "learned"),
     ):
@@ -266,10 +269,10 @@ def check(config: Config) -> None:
             "objective.minimise_variance needs schedule.kind = monotone with fixed or learned ends, "
             f"got {schedule.kind} with {schedule.ends} ends"
         )
-    if latent.kind == "image" and (config.parameterization != "data" or not config.objective.steps):
+    if latent.kind == "image" and (config.parameterization != "data" or not objective.steps):
         raise UserError(
             "latent.kind = image needs parameterization = data and objective.steps above 0 (the schedule "
-            f"reads x_hat), got {config.parameterization} and {config.objective.steps}"
+            f"reads x_hat), got {config.parameterization} and {objective.steps}"
         )
     if latent.kind == "image" and schedule.kind not in ("polynomial", "scalar-polynomial", "pixel-monotone"):
         raise UserError(
@@ -281,7 +284,21 @@ def check(config: Config) -> None:
             "latent.kind = image needs schedule.ends = fixed (the decoder must not learn of the image through gamma at "
             f"t = 0), got {schedule.ends}"
         )
-    if config.objective.minimise_variance and config.optimizer.clip:
+    for wanted, name in (
+        (objective.times == "importance", "objective.times = importance"),
+        (objective.second_order > 0, "objective.second_order above 0"),
+    ):
+        if wanted and (objective.steps or latent.kind == "image"):
+            raise UserError(
+                f"{name} needs continuous time: objective.steps = 0 and a latent.kind other than image, "
+                f"got {objective.steps} and {latent.kind}"
+            )
+    if objective.minimise_variance and objective.times == "importance":
+        raise UserError(
+            "objective.minimise_variance needs objective.times = stratified or uniform (it shapes the density of "
+            "gamma itself), got importance"
+        )
+    if objective.minimise_variance and config.optimizer.clip:
         raise UserError(
             "objective.minimise_variance needs optimizer.clip = 0 (the schedule's gradient is hundreds of times the "
             f"network's, which a common norm would crush), got {config.optimizer.clip}"
@@ -343,7 +360,8 @@ FREE = (
 
 def refuse_changes(old: dict[str, Any], config: Config, run: str) -> None:
     """UserError that names a field whose change since ``run`` began (``old``) would alter its trajectory."""
-    before, now = _flatten(old), _flatten(to_dict(config))
+    # A run that began before a field existed has its default.
+    before, now = _flatten(to_dict(Config())) | _flatten(old), _flatten(to_dict(config))
     for name in before | now:
         if before.get(name) == now.get(name):
             continue

@@ -15,7 +15,9 @@ from torch import Tensor
 
 __all__ = ["Draws", "generator"]
 
-STREAMS = {name: i for i, name in enumerate(("time", "latent", "eps_0", "eps", "prior", "step", "data", "decode"))}
+STREAMS = {
+    name: i for i, name in enumerate(("time", "latent", "eps_0", "eps", "prior", "step", "data", "decode", "probe"))
+}
 
 
 def generator(seed: int, index: int, draw: int, stream: str) -> np.random.Generator:

@@ -1,11 +1,15 @@
-"""Evaluation of a run on a data set: figures, files and the references that stand beside them."""
+"""Evaluation of a run on a data set: figures, files and the references that stand beside them.
+
+A likelihood by ODE takes long: its draws are kept in a file of their own while it runs, and the same command goes on.
+"""
 
 import csv
 import io
 import math
 import time
+import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +31,34 @@ __all__ = ["Evaluation", "Settings", "evaluate", "per_image_csv", "time_bins"]
 class Settings:
     """What is evaluated, and how exactly."""
 
+    method: str = "vlb"
     checkpoint: str = "best"
     weights: str = "ema"
     split: str = "test"
     data: str | None = None
     images: int | None = None
+    seed: int = 0
+    batch: int | None = None
+    # vlb
     times: int = 16
     shifts: int = 2
     steps: int | None = None
-    seed: int = 0
-    batch: int = 256
+    # ode
+    dequantization: str = "truncated-normal"
+    samples: int = 1
+    replicates: int = 2
+    trace: str = "rademacher"
+    probes: int = 1
+    rtol: float = 3e-4
+    atol: float = 3e-4
+    solver: str = "bosh3"
+    state: str = "float32"
+
+
+VLB = ("times", "shifts", "steps")
+ODE = ("dequantization", "samples", "replicates", "trace", "probes", "rtol", "atol", "solver", "state")
+BATCH = {"vlb": 256, "ode": 64}
+RESOLVED = 8  # images that are solved again, to say what the tolerance costs
 
 
 @dataclass(frozen=True)
@@ -54,9 +76,11 @@ def _table(estimate: Estimate | None) -> dict[str, float] | None:
     return None if estimate is None else {"mean": estimate.mean, "standard_error": estimate.standard_error}
 
 
-def time_bins(result: BitsPerDim, count: int = 20) -> dict[str, list[float]]:
+def time_bins(result: BitsPerDim, count: int = 20) -> dict[str, list[float]] | None:
     """The diffusion term in bits/dim by bins of t: the mean over images of an image's mean in the bin, and its
-    standard error over images (the draws of one image are not independent)."""
+    standard error over images (the draws of one image are not independent). None without times."""
+    if result.by_time is None:
+        return None
     n = len(result.index)
     t, values = (column.reshape(n, -1) for column in result.by_time)
     place = np.minimum((t * count).astype(int), count - 1)
@@ -98,6 +122,29 @@ def _chosen(run: Path, settings: Settings) -> tuple[Dataset, np.ndarray, np.ndar
     return dataset, images, labels
 
 
+def check(settings: Settings) -> None:
+    """UserError where a setting is out of range, or belongs to the other method."""
+    for name in ("times", "shifts", "batch", "samples", "replicates", "probes"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    if not 0 <= settings.seed < 2**64:
+        raise UserError(f"--seed must lie in 0 .. 2^64 - 1, got {settings.seed}")
+    if settings.steps is not None and settings.steps < 0:
+        raise UserError(f"--steps must be 0 or more, got {settings.steps}")
+    for name in ("rtol", "atol"):
+        if not 0 < getattr(settings, name) < 1:
+            raise UserError(f"--{name} must lie between 0 and 1, got {getattr(settings, name)}")
+    if settings.trace == "exact" and settings.probes != 1:
+        raise UserError(
+            f"--probes are for --trace rademacher or gaussian: the exact trace has none, got {settings.probes}"
+        )
+    for name in ODE if settings.method == "vlb" else VLB:
+        if getattr(settings, name) != getattr(Settings, name):
+            other = "ode" if settings.method == "vlb" else "vlb"
+            raise UserError(f"--{name} belongs to --method {other}, and the method is {settings.method}")
+
+
 def _load_for(run: Path, settings: Settings, dataset: Dataset, device: Any) -> tuple[DiffusionModel, int]:
     """The model of a run, which must be of the data's shape, and the T of its bound."""
     record = checkpoints.read_run(run)
@@ -109,6 +156,10 @@ def _load_for(run: Path, settings: Settings, dataset: Dataset, device: Any) -> t
         )
     model = checkpoints.load_model(run, settings.checkpoint, settings.weights, device)
     steps = record["config"]["objective"]["steps"] if settings.steps is None else settings.steps
+    if settings.method == "ode":
+        steps = 0
+        if model.schedule_reads_image:
+            raise UserError(f"the schedule of {run} reads the image: it has no probability flow; use --method vlb")
     if model.schedule_reads_image and not steps:
         raise UserError("a schedule that reads the image has a bound at finite T only: give --steps above 0")
     if isinstance(model.latent, Label):
@@ -127,6 +178,81 @@ def _baselines(dataset: Dataset, run: Path, split: str) -> list[dict[str, Any]]:
         return []
 
 
+class Unfinished:
+    """The draws of an evaluation that is under way, in a file of their own; ``key`` says what they are draws of."""
+
+    def __init__(self, path: Path, key: dict[str, Any]) -> None:
+        self.path, self.key = path, checkpoints.to_json(key)
+
+    def read(self) -> dict[str, np.ndarray] | None:
+        """The table of ``likelihood.ode``, where one of the same evaluation is there."""
+        try:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                if str(arrays["key"]) == self.key:
+                    return {name: arrays[name] for name in likelihood.DRAW}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass  # none, or not readable: everything is solved again
+        return None
+
+    def write(self, table: dict[str, np.ndarray]) -> None:
+        """Keep the table; whoever reads sees a whole one."""
+        content = io.BytesIO()
+        np.savez(content, key=np.array(self.key), **table)  # type: ignore[arg-type]
+        checkpoints.write_aside(self.path, content.getvalue())
+
+    def remove(self) -> None:
+        """Nothing is under way any more."""
+        self.path.unlink(missing_ok=True)
+
+
+def _by_ode(
+    model: DiffusionModel,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    settings: Settings,
+    batch: int,
+    unfinished: Unfinished | None,
+    progress: Callable[[int, float], None] | None = None,
+) -> BitsPerDim:
+    table = unfinished.read() if unfinished is not None else None
+    try:
+        return likelihood.ode(
+            model,
+            images,
+            labels=labels,
+            dequantization=settings.dequantization,
+            samples=settings.samples,
+            replicates=settings.replicates,
+            trace=settings.trace,
+            probes=settings.probes,
+            rtol=settings.rtol,
+            atol=settings.atol,
+            method=settings.solver,
+            double=settings.state == "float64",
+            seed=settings.seed,
+            batch=batch,
+            table=table,
+            save=None if unfinished is None else unfinished.write,
+            progress=progress,
+        )
+    except likelihood.SolverError as error:
+        raise UserError(str(error)) from None
+
+
+def _tolerance(
+    model: DiffusionModel, images: np.ndarray, labels: np.ndarray | None, settings: Settings, result: BitsPerDim
+) -> Estimate:
+    """What the tolerance costs: the figure less that of tolerances ten times as tight and a float64 state, the same
+    first draws of the first images. Bits/dim."""
+    n = min(RESOLVED, len(images))
+    one = replace(settings, samples=1, replicates=1)
+    tight = replace(one, rtol=settings.rtol / 10, atol=settings.atol / 10, state="float64")
+    few = images[:n], None if labels is None else labels[:n]
+    with full_float32():
+        loose_result, tight_result = (_by_ode(model, *few, s, n, None) for s in (one, tight))
+    return likelihood.compare(loose_result, tight_result)
+
+
 def evaluate(
     run: Path | str,
     settings: Settings,
@@ -135,32 +261,31 @@ def evaluate(
     device: Any = "cpu",
     progress: Callable[[str, int, int, float], None] | None = None,
 ) -> Evaluation:
-    """The bound of a run on a whole split; writes RUN/evaluations/*.json and the per-image figures beside it.
+    """The bound of a run on a whole split, or its likelihood by ODE; writes RUN/evaluations/*.json and the per-image
+    figures beside it.
 
     ``compare``: another run, evaluated on the same images with the same draws. ``progress(run, images done, images,
     bits/dim)`` is called at the start, with nan, and as it runs.
     """
     run, begun = Path(run), time.perf_counter()
-    for name in ("times", "shifts", "batch"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(settings, name)}")
-    if not 0 <= settings.seed < 2**64:
-        raise UserError(f"--seed must lie in 0 .. 2^64 - 1, got {settings.seed}")
-    if settings.steps is not None and settings.steps < 0:
-        raise UserError(f"--steps must be 0 or more, got {settings.steps}")
+    check(settings)
     dataset, images, labels = _chosen(run, settings)
     model, steps = _load_for(run, settings, dataset, device)
     checkpoint = checkpoints.read_checkpoint(run, settings.checkpoint)
     other = None if compare is None else _load_for(Path(compare), settings, dataset, device)
     checkpoints.make_folder(run / "evaluations")
+    path = run / "evaluations" / f"{_name(settings, steps, dataset)}.json"
 
-    def bound(which: str, model: DiffusionModel, steps: int) -> BitsPerDim:
+    def figure(which: str, model: DiffusionModel, steps: int, unfinished: Unfinished | None) -> BitsPerDim:
         def seen(done: int, bits: float) -> None:
             if progress is not None:
                 progress(which, done, len(images), bits)
 
         seen(0, math.nan)
+        batch = settings.batch or BATCH[settings.method]
         with full_float32():
+            if settings.method == "ode":
+                return _by_ode(model, images, labels, settings, batch, unfinished, seen)
             return likelihood.vlb(
                 model,
                 images,
@@ -169,15 +294,23 @@ def evaluate(
                 shifts=settings.shifts,
                 steps=steps,
                 seed=settings.seed,
-                batch=settings.batch,
+                batch=batch,
                 progress=seen,
             )
 
-    result = bound(str(run), model, steps)
-    compared = None if other is None else bound(str(compare), *other)
+    key = {
+        "settings": {**asdict(settings), "batch": None},
+        "checkpoint": [checkpoint.step, checkpoint.meta["versions"], checkpoints.read_run(run)["created"]],
+        "data": [dataset.name, dataset.version, len(images)],
+    }
+    unfinished = Unfinished(path.with_name(f".{path.stem}.npz"), key)
+    result = figure(str(run), model, steps, unfinished)
+    compared = None if other is None else figure(str(compare), *other, None)
+    tolerance = _table(_tolerance(model, images, labels, settings, result)) if settings.method == "ode" else None
     difference = None if compared is None else likelihood.compare(result, compared)
     record = {
         "bits_per_dim": _table(result.value),
+        "is_bound": result.is_bound,
         "as_published": _table(result.as_published),
         "draws_error": result.draws_error,
         "terms": {name: _table(value) for name, value in result.terms.items()},
@@ -188,6 +321,8 @@ def evaluate(
         "checkpoint": {"step": checkpoint.step, "name": settings.checkpoint},
         "weights": settings.weights,
         "settings": result.settings,
+        "cost": result.cost,
+        "tolerance": tolerance,
         "by_time": time_bins(result),
         "latent_use": latent_use(model, images, labels) if len(images) > 1 else None,
         "baselines": _baselines(dataset, run, settings.split),
@@ -197,20 +332,25 @@ def evaluate(
         "versions": versions(),
         "seconds": time.perf_counter() - begun,
     }
-    path = run / "evaluations" / f"{_name(settings, steps, dataset)}.json"
     arrays = io.BytesIO()
     np.savez_compressed(
         arrays, index=result.index, bits_per_dim=result.per_image, standard_error=result.per_image_error
     )
     checkpoints.write_aside(path.with_suffix(".npz"), arrays.getvalue())
     checkpoints.write_json(path, record)
+    unfinished.remove()
     return Evaluation(result, record, path, compared, difference)
 
 
 def _name(settings: Settings, steps: int, dataset: Dataset) -> str:
     """A file name that says what differs from one evaluation of a run to another."""
-    name = f"{settings.split}-{settings.checkpoint}-{settings.weights}-vlb-{settings.times}x{settings.shifts}"
-    name += f"-T{steps}" if steps else ""
+    name = f"{settings.split}-{settings.checkpoint}-{settings.weights}-{settings.method}"
+    if settings.method == "vlb":
+        name += f"-{settings.times}x{settings.shifts}" + (f"-T{steps}" if steps else "")
+    else:
+        name += f"-{settings.dequantization}-{settings.samples}x{settings.replicates}-{settings.rtol:g}"
+        changed = [f"{n}-{getattr(settings, n)}" for n in ODE[3:] if getattr(settings, n) != getattr(Settings, n)]
+        name += "".join(f"-{change}" for change in changed if not change.startswith("rtol"))
     name += f"-seed{settings.seed}" if settings.seed else ""
     name += f"-{settings.images}" if settings.images is not None else ""
     return name + (f"-{dataset.name}-{dataset.version}" if settings.data is not None else "")

@@ -16,6 +16,11 @@ one-hot          Gumbel softmax, straight through, temperature max(0.5, exp(-1e-
 Gaussian         N(mu, var), prior N(0, I):
     (6)  KL = 1/2 sum (mu^2 + var - log var - 1)
 label            c is the class, known with the image: q is a point, prior uniform, KL = log(classes).
+
+Several draws of c may be averaged before the logarithm, each with its weight:
+
+    (7)  log p(x) >= E log 1/K sum_k p(x|c_k) p(c_k)/q(c_k|x)
+                 For the paper's k-hot, whose q(c|x) is not known, q is replaced by 1: as q <= 1, this is still a bound.
 """
 
 import math
@@ -72,6 +77,10 @@ class Latent(nn.Module, ABC):
     @abstractmethod
     def posterior(self, parameters: tuple[Tensor, ...], noise: Tensor, step: int = 0) -> LatentDraw:
         """A draw of q(c|x) from the encoder's parameters, each (B, size), and recorded noise."""
+
+    @abstractmethod
+    def log_weight(self, parameters: tuple[Tensor, ...], c: Tensor) -> Tensor:
+        """log p(c) - log q(c|x) of a draw c (B, size), (B,) nats: equation (7)."""
 
     @abstractmethod
     def prior(self, draws: Draws) -> Tensor:
@@ -144,6 +153,11 @@ class KHot(Latent):
         kl = (mu * theta).sum(1) - log_z + log_binomial(self.size, self.k)
         return LatentDraw(c, kl, kl)
 
+    def log_weight(self, parameters: tuple[Tensor, ...], c: Tensor) -> Tensor:
+        (theta,) = parameters
+        log_z, _, _ = k_subset(theta, self.k)
+        return log_z - (theta * c).sum(1) - log_binomial(self.size, self.k)
+
     def prior(self, draws: Draws) -> Tensor:
         keys = draws.uniform("latent", (self.size,))
         chosen = keys.topk(self.k, 1).indices
@@ -190,6 +204,9 @@ class PaperKHot(KHot):
         valid = theta.new_full((len(theta),), log_binomial(self.size, self.k))
         return LatentDraw(hard + (soft - soft.detach()), _categorical_kl(theta), valid)
 
+    def log_weight(self, parameters: tuple[Tensor, ...], c: Tensor) -> Tensor:
+        return c.new_full((len(c),), -log_binomial(self.size, self.k))
+
 
 class OneHot(Latent):
     """One of n: straight-through Gumbel softmax, annealed; its categorical KL is exact."""
@@ -204,6 +221,10 @@ class OneHot(Latent):
         hard = F.one_hot((logits + noise).argmax(1), self.size).to(soft.dtype)
         kl = _categorical_kl(logits)
         return LatentDraw(hard + (soft - soft.detach()), kl, kl)
+
+    def log_weight(self, parameters: tuple[Tensor, ...], c: Tensor) -> Tensor:
+        (logits,) = parameters
+        return -math.log(self.size) - (F.log_softmax(logits, 1) * c).sum(1)
 
     def prior(self, draws: Draws) -> Tensor:
         return F.one_hot(draws.gumbel("latent", (self.size,)).argmax(1), self.size).float()
@@ -226,6 +247,11 @@ class Gaussian(Latent):
         kl = 0.5 * (mu**2 + var - torch.log(var) - 1).sum(1)
         return LatentDraw(mu + var.sqrt() * noise, kl, kl)
 
+    def log_weight(self, parameters: tuple[Tensor, ...], c: Tensor) -> Tensor:
+        mu, raw = parameters
+        var = F.softplus(raw)
+        return 0.5 * ((c - mu) ** 2 / var + torch.log(var) - c**2).sum(1)
+
     def prior(self, draws: Draws) -> Tensor:
         return draws.normal("latent", (self.size,))
 
@@ -243,6 +269,9 @@ class Label(Latent):
         (labels,) = parameters
         kl = torch.full((len(labels),), math.log(self.size), device=labels.device)
         return LatentDraw(F.one_hot(labels.long(), self.size).float(), kl, kl)
+
+    def log_weight(self, parameters: tuple[Tensor, ...], c: Tensor) -> Tensor:
+        return c.new_full((len(c),), -math.log(self.size))
 
     def prior(self, draws: Draws) -> Tensor:
         labels = (draws.uniform("latent", ()) * self.size).long().clamp(max=self.size - 1)

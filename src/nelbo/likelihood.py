@@ -9,9 +9,21 @@ The variational bound (VLB) of an image is the mean of the bound's terms over N 
 (2) is the spread of the per-image figures, which already contains the draws' noise; (3) is never added to it. The
 times within a shift are not independent, the shifts are. Each draw has its own latent, eps_0 and eps, keyed by
 (seed, image index, draw): figures do not depend on the batch size or on the order of the images.
+
+The likelihood by the probability flow (flow.py) of an image v dequantized to z (pixels.py), with K draws of c and z:
+
+    (4)  w_k = log p(z_k|c_k) + log p(v|z_k) - log q(z_k|v) + log p(c_k) - log q(c_k|x)
+    (5)  L_r = log K - logsumexp_k w_k,        L = mean_r L_r                     in each of R replicates
+    (6)  K = 1:   L_r = - log p(z|c) - log p(v|z) + E log q(z|v) + KL(q(c|x) || p(c))
+
+E L is a bound on -log p(v) that falls with K. With Hutchinson's trace log p(z|c) is unbiased but its exponential is
+not: K independent probes would push (5) below the bound, by about half the variance of a probe and more. So one probe
+is shared by the K draws of a replicate, and cancels from their comparison; the figure is called an estimate, and a
+bound only with the exact trace.
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +34,11 @@ from torch import Tensor
 
 from nelbo import objectives, pixels, times
 from nelbo.draws import Draws
+from nelbo.flow import Flow, log_prior, time_of
+from nelbo.latents import PaperKHot
 from nelbo.model import DiffusionModel
 
-__all__ = ["BitsPerDim", "Estimate", "compare", "draw_terms", "vlb"]
+__all__ = ["BitsPerDim", "Estimate", "SolverError", "compare", "draw_terms", "ode", "ode_table", "vlb"]
 
 TERMS = ("prior", "reconstruction", "diffusion", "latent", "valid_latent")
 
@@ -44,10 +58,12 @@ class Estimate:
 class BitsPerDim:
     """A likelihood in bits per dimension, and where it comes from.
 
-    value: a bound on the negative log-likelihood (valid latent charge). as_published: the figure with the charge of the
+    value: a bound on the negative log-likelihood (valid latent charge), or an estimate of one: ``is_bound``.
+    as_published: the figure with the charge of the
     posterior's authors, where it differs (the paper's k-hot). draws_error: the draws' own part of the standard error,
     nan for a single shift. terms: bits/dim of each term. index: (n,) image indices. per_image: (n,) bits/dim.
-    per_image_error: (n,) standard error from the draws. per_image_terms: term -> (n,) bits/dim.
+    per_image_error: (n,) standard error from the draws. per_image_terms: term -> (n,) bits/dim. by_time: times and
+    diffusion terms of a VLB's draws. cost: what an ODE's solves took.
     """
 
     value: Estimate
@@ -58,8 +74,10 @@ class BitsPerDim:
     per_image: np.ndarray
     per_image_error: np.ndarray
     per_image_terms: dict[str, np.ndarray]
-    by_time: tuple[np.ndarray, np.ndarray]
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
+    by_time: tuple[np.ndarray, np.ndarray] | None = None
+    is_bound: bool = True
+    cost: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -72,10 +90,29 @@ class BitsPerDim:
         return self.value.standard_error
 
 
+class SolverError(ArithmeticError):
+    """An ODE could not be solved to its end; the message says why and what to try."""
+
+
 def _estimate(values: np.ndarray) -> Estimate:
     n = len(values)
     error = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     return Estimate(float(values.mean()), error)
+
+
+def _summary(valid: np.ndarray, published: np.ndarray | None, terms: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Equations (1) to (3) from figures (n, R) and terms (n,), all in bits/dim: fields of BitsPerDim."""
+    n, replicates = valid.shape
+    spread = valid.var(1, ddof=1) / replicates if replicates > 1 else np.full(n, math.nan)
+    return {
+        "value": _estimate(valid.mean(1)),
+        "as_published": None if published is None else _estimate(published.mean(1)),
+        "draws_error": float(np.sqrt(spread.sum()) / n),
+        "terms": {name: _estimate(v) for name, v in terms.items()},
+        "per_image": valid.mean(1),
+        "per_image_error": np.sqrt(spread),
+        "per_image_terms": terms,
+    }
 
 
 def draw_terms(
@@ -89,11 +126,13 @@ def draw_terms(
     steps: int = 0,
     step: int = 0,
     variance: bool = False,
+    importance: bool = False,
+    second_order: float = 0.0,
 ) -> objectives.Terms:
     """The bound's terms at times t (B,), with eps_0, eps and the latent's noise from ``draws``. (B,) nats each.
 
-    Training and evaluation both call this. ``step`` anneals a one-hot latent's gradient; ``variance`` is VDM's
-    variance minimisation.
+    Training and evaluation both call this. ``step`` anneals a one-hot latent's gradient; the others are as in
+    ``objectives.elbo``, the probe of the second order from ``draws`` too.
     """
     x = pixels.encode(images, model.levels)
     noise = None if model.latent is None else model.latent.noise(draws)
@@ -108,6 +147,9 @@ def draw_terms(
         flag=flag,
         steps=steps,
         variance=variance,
+        importance=importance,
+        second_order=second_order,
+        probe=1.0 - 2.0 * (draws.uniform("probe", model.shape) < 0.5) if second_order else None,
     )
 
 
@@ -175,18 +217,11 @@ def vlb(
     }
     valid = bits["prior"] + bits["reconstruction"] + bits["diffusion"] + bits["valid_latent"]
     published = valid - bits["valid_latent"] + bits["latent"]
-    spread = valid.var(1, ddof=1) / shifts if shifts > 1 else np.full(n, math.nan)
     differs = bool(np.any(bits["latent"] != bits["valid_latent"]))
     terms_per_image = {name: v.mean(1) for name, v in bits.items() if differs or name != "valid_latent"}
     return BitsPerDim(
-        value=_estimate(valid.mean(1)),
-        as_published=_estimate(published.mean(1)) if differs else None,
-        draws_error=float(np.sqrt(spread.sum()) / n),
-        terms={name: _estimate(v) for name, v in terms_per_image.items()},
+        **_summary(valid, published if differs else None, terms_per_image),
         index=index,
-        per_image=valid.mean(1),
-        per_image_error=np.sqrt(spread),
-        per_image_terms=terms_per_image,
         by_time=(row_times, np.asarray(pixels.bits_per_dim(values["diffusion"], model.dimensions))),
         settings={
             "method": "vlb",
@@ -197,6 +232,215 @@ def vlb(
             "batch": batch,
         },
     )
+
+
+# What ``ode`` keeps of every draw, (n, R, K) float64 each; nats but for the last three.
+DRAW = (
+    "prior", "divergence", "decoder", "log_q", "entropy_form", "log_weight", "latent", "valid_latent",
+    "evaluations", "rejected", "seconds",
+)  # fmt: skip
+
+
+def ode_table(images: int, replicates: int, samples: int) -> dict[str, np.ndarray]:
+    """An empty table of ``ode``'s draws: nan where nothing was solved yet."""
+    return {name: np.full((images, replicates, samples), math.nan) for name in DRAW}
+
+
+def ode(
+    model: DiffusionModel,
+    images: Tensor | np.ndarray,
+    *,
+    index: np.ndarray | None = None,
+    labels: np.ndarray | Tensor | None = None,
+    dequantization: str = "truncated-normal",
+    samples: int = 1,
+    replicates: int = 2,
+    trace: str = "rademacher",
+    probes: int = 1,
+    rtol: float = 3e-4,
+    atol: float = 3e-4,
+    method: str = "bosh3",
+    double: bool = False,
+    seed: int = 0,
+    batch: int = 64,
+    table: dict[str, np.ndarray] | None = None,
+    save: Callable[[dict[str, np.ndarray]], None] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> BitsPerDim:
+    """The likelihood of whole-number images (n, C, H, W) by the probability flow, equations (4) to (6).
+
+    ``dequantization``: truncated-normal, uniform or variational; ``samples`` K and ``replicates`` R; ``trace``: exact,
+    or Hutchinson's with ``probes`` rademacher or gaussian ones, averaged; ``rtol``, ``atol``, ``method`` of the solver
+    (ode.py), tolerances per entry of the state and, for the log-density, in nats per dimension; ``double``: a float64
+    state; ``batch``, solves at once. ``table`` (``ode_table``): draws that are in it already are not solved again, and
+    it is filled in place; ``save(table)`` is called after every batch. ``progress(images done, bits/dim so far)``.
+    Units: bits/dim. Raises SolverError where a solve fails.
+    """
+    if samples < 1 or replicates < 1 or probes < 1:
+        raise ValueError(f"samples, replicates and probes must be at least 1, got {samples}, {replicates}, {probes}")
+    if trace not in ("exact", "rademacher", "gaussian"):
+        raise ValueError(f"trace must be exact, rademacher or gaussian, got {trace!r}")
+    images = torch.as_tensor(images)
+    pixels.check_images(images, model.shape, model.levels)
+    n, per_image = len(images), replicates * samples
+    index = np.arange(n) if index is None else np.asarray(index)
+    table = ode_table(n, replicates, samples) if table is None else table
+    flat = {name: values.reshape(-1) for name, values in table.items()}
+    label_tensor = None if labels is None else torch.as_tensor(labels)
+    todo = np.flatnonzero(np.isnan(flat["prior"]))
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(todo), batch):
+            rows = todo[start : start + batch]
+            image, draw = rows // per_image, rows % per_image
+            begun = time.perf_counter()
+            found = _solve_draws(
+                model,
+                images[image],
+                None if label_tensor is None else label_tensor[image],
+                Draws(seed, index[image], draw, model.device),
+                Draws(seed, index[image], draw // samples, model.device),
+                dequantization=pixels.DEQUANTIZATIONS[dequantization](),
+                trace=trace,
+                probes=probes,
+                dtype=torch.float64 if double else torch.float32,
+                solver={"rtol": rtol, "atol": atol, "method": method},
+            )
+            found["seconds"] = np.full(len(rows), (time.perf_counter() - begun) / len(rows))
+            for name in DRAW:
+                flat[name][rows] = found[name]
+            if save is not None:
+                save(table)
+            if progress is not None:
+                whole = ~np.isnan(table["prior"]).any((1, 2))
+                done = int(whole.sum())
+                so_far = float(_figures(table, samples)[0][whole].mean()) if done else math.nan
+                progress(done, float(pixels.bits_per_dim(so_far, model.dimensions)))
+    finally:
+        model.train(training)
+    nats, terms = _figures(table, samples)
+    bits = {name: np.asarray(pixels.bits_per_dim(v.mean(1), model.dimensions)) for name, v in terms.items()}
+    valid = np.asarray(pixels.bits_per_dim(nats, model.dimensions))
+    charge, valid_charge = (table[name].mean(2) for name in ("latent", "valid_latent"))
+    differs = bool(np.any(charge != valid_charge))
+    published = valid + np.asarray(pixels.bits_per_dim(charge - valid_charge, model.dimensions))
+    return BitsPerDim(
+        **_summary(valid, published if differs else None, bits),
+        index=index,
+        is_bound=trace == "exact",
+        settings={
+            "method": "ode",
+            "dequantization": dequantization,
+            "samples": samples,
+            "replicates": replicates,
+            "trace": trace,
+            "probes": 0 if trace == "exact" else probes,
+            "rtol": rtol,
+            "atol": atol,
+            "solver": method,
+            "double": double,
+            "seed": seed,
+            "batch": batch,
+        },
+        cost={
+            "evaluations_per_solve": float(table["evaluations"].mean()),
+            "most_evaluations": float(table["evaluations"].max()),
+            "rejected_per_solve": float(table["rejected"].mean()),
+            "seconds_per_image": float(table["seconds"].sum() / n),
+        },
+    )
+
+
+def _figures(table: dict[str, np.ndarray], samples: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Equation (5) or (6), (n, R) nats, and the terms that add up to it."""
+    terms = {"prior": -table["prior"], "divergence": -table["divergence"], "decoder": -table["decoder"]}
+    if samples == 1:
+        terms |= {"dequantization": table["entropy_form"], "latent": table["valid_latent"]}
+    else:
+        terms |= {"dequantization": table["log_q"], "latent": -table["log_weight"]}
+    costs = np.sum(list(terms.values()), 0)
+    figure = math.log(samples) - _log_sum_exp(-costs)
+    means = {name: value.mean(2) for name, value in terms.items()}
+    if samples > 1:
+        means["weighting"] = figure - costs.mean(2)
+    return figure, means
+
+
+def _log_sum_exp(values: np.ndarray) -> np.ndarray:
+    most = values.max(2, keepdims=True)
+    return (most + np.log(np.exp(values - most).sum(2, keepdims=True)))[..., 0]
+
+
+@torch.no_grad()
+def _solve_draws(
+    model: DiffusionModel,
+    images: Tensor,
+    labels: Tensor | None,
+    draws: Draws,
+    probe_draws: Draws,
+    *,
+    dequantization: pixels.Dequantization,
+    trace: str,
+    probes: int,
+    dtype: torch.dtype,
+    solver: dict[str, Any],
+) -> dict[str, np.ndarray]:
+    """The entries of ``DRAW`` for one batch of rows, (B,) each; ``probe_draws`` are shared by the K draws."""
+    images, shape = images.to(model.device), model.shape
+    c, log_weight, charge, valid_charge = _latent_draw(model, images, labels, draws)
+    e = None
+    if trace == "rademacher":
+        e = 1.0 - 2.0 * (probe_draws.uniform("probe", (probes, *shape)) < 0.5)
+    elif trace == "gaussian":
+        e = probe_draws.normal("probe", (probes, *shape))
+    flow = Flow(model, c, probes=e)
+    t_0 = torch.zeros(len(images), dtype=torch.float64, device=model.device)
+    gamma_0 = flow.gamma(t_0)
+    level = dequantization.start(levels=model.levels)
+    if level is not None:
+        t_0 = time_of(flow.gamma, level, t_0)
+        gamma_0 = flow.gamma(t_0)
+    alpha, sigma = model.path.coefficients(gamma_0)
+    noise = draws.normal("eps_0", shape) if dequantization.noise == "normal" else draws.uniform("eps_0", shape)
+    start = dequantization.draw(images, alpha, sigma, model.levels, noise.to(dtype))
+    end = flow.transport(start.z, t_0, 1.0, divergence=True, **solver)
+    if not end.solution.success:
+        raise SolverError(end.solution.advice)
+    assert end.divergence is not None
+    found = {
+        "prior": log_prior(end.z, model.prior_scale),
+        "divergence": end.divergence,
+        "decoder": start.decoder,
+        "log_q": start.log_q,
+        "entropy_form": start.entropy_form,
+        "log_weight": log_weight,
+        "latent": charge,
+        "valid_latent": valid_charge,
+        "evaluations": end.solution.evaluations,
+        "rejected": end.solution.rejected,
+    }
+    return {name: value.double().cpu().numpy() for name, value in found.items()}
+
+
+def _latent_draw(
+    model: DiffusionModel, images: Tensor, labels: Tensor | None, draws: Draws
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """c with its log-weight, its charge as published and the valid one, (B,) nats each; images may repeat."""
+    none = torch.zeros(len(images), device=images.device)
+    latent = model.latent
+    if latent is None:
+        return None, none, none, none
+    # The encoder sees an image once, however many draws of it there are.
+    _, first, place = np.unique(draws.index, return_index=True, return_inverse=True)
+    seen = pixels.encode(images[first], model.levels)
+    parameters = model.encode(seen, None if labels is None else labels[first].to(images.device))
+    parameters = tuple(p[place] for p in parameters)
+    # The paper's posterior is evaluated at its mode, as publicly: the k largest logits without noise.
+    noise = latent.noise(draws)
+    noise = torch.zeros_like(noise) if isinstance(latent, PaperKHot) else noise
+    draw = latent.posterior(parameters, noise)
+    return draw.c, latent.log_weight(parameters, draw.c), draw.kl, draw.valid_kl
 
 
 def compare(a: BitsPerDim, b: BitsPerDim) -> Estimate:

@@ -60,18 +60,21 @@ class DiffusionModel(nn.Module):
         """Where the parameters are."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
+    def encode(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The parameters of q(c|x) for encoded images x (B, C, H, W); the labels themselves for a label latent."""
+        if self.encoder is None:
+            if labels is None:
+                raise ValueError("a label latent needs the labels of the images")
+            return (labels,)
+        with self._precision(x):
+            parameters = self.encoder(x)
+        return tuple(p.to(x.dtype) for p in parameters)
+
     def infer(self, x: Tensor, noise: Tensor | None, labels: Tensor | None = None, step: int = 0) -> LatentDraw | None:
         """A draw of q(c|x) for encoded images x (B, C, H, W) from recorded noise; None without a latent."""
         if self.latent is None:
             return None
-        if self.encoder is None:
-            if labels is None:
-                raise ValueError("a label latent needs the labels of the images")
-            return self.latent.posterior((labels,), noise if noise is not None else x.new_zeros(0), step)
-        assert noise is not None
-        with self._precision(x):
-            parameters = self.encoder(x)
-        return self.latent.posterior(tuple(p.to(x.dtype) for p in parameters), noise, step)
+        return self.latent.posterior(self.encode(x, labels), noise if noise is not None else x.new_zeros(0), step)
 
     def curve(self, c: Tensor | None, interior_gradient: Callable[[Tensor], Tensor] = lambda u: u) -> Any:
         """The schedule given c: t (B,) -> (gamma, gamma')."""

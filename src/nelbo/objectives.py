@@ -15,19 +15,41 @@ c = x_0 (MuLAN's ablation). Where the schedule reads the image itself, the rever
 q(z_s|z_t,x) and p(z_s|z_t) differ in variance too and the term is the KL of two Gaussians; it exists at finite T only:
 
     (7)  T E_i sum [ log(sigma_p/sigma_q) + (sigma_q^2 + (mu_q - mu_p)^2)/(2 sigma_p^2) - 1/2 ]
+
+Second order (i-DODE, fine-tuning). The score of z is -E[eps|z]/sigma, and its derivative in z_i is (Var(eps_i|z) - 1)/
+sigma_i^2: so the exact denoiser has sigma_i d eps_hat_i/d z_i = 1 - Var(eps_i|z), of which |eps_i - eps_hat_i|^2 (held
+constant) is a sample. Training may add the squared residual of the trace,
+
+    (8)  1/2 E_t r^2/D,     r = sum sqrt(gamma') [ sigma d eps_hat_i/d z_i - 1 + |eps - eps_hat|^2 ]
+    (9)                       = sum sqrt(gamma') (alpha/det) [ sigma d out_i/d z_i - b + (alpha/det) |out - target|^2 ]
+
+which is i-DODE's on both paths, for velocity and noise (its normalised velocity on the straight path is 1/sqrt 2 of
+ours). The derivatives are estimated with one probe e, E[e e^T] = I, by sum w_i e_i (J e)_i, J = d out/d z. The square
+of the estimate exceeds (8) by its variance, a penalty on the other entries of J, as publicly.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nelbo import pixels
+from nelbo import pixels, times
 from nelbo.latents import LatentDraw
 from nelbo.model import DiffusionModel
+from nelbo.schedules import Curve, Linear
 
-__all__ = ["GradientScale", "Terms", "diffusion_term", "discrete_times", "elbo", "image_schedule_step", "prior_term"]
+__all__ = [
+    "GradientScale",
+    "Terms",
+    "TermsAndSecondOrder",
+    "diffusion_term",
+    "discrete_times",
+    "elbo",
+    "image_schedule_step",
+    "prior_term",
+    "second_order_residual",
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,22 @@ class Terms:
     def valid_total(self) -> Tensor:
         """A bound on -log p(v), (B,)."""
         return self.prior + self.reconstruction + self.diffusion + self.valid_latent
+
+    @property
+    def loss(self) -> Tensor:
+        """What training minimises, (B,)."""
+        return self.total
+
+
+@dataclass(frozen=True)
+class TermsAndSecondOrder(Terms):
+    """The bound's terms and, no part of it, what second-order training adds to the loss, (B,) nats."""
+
+    second_order: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        return self.total + self.second_order
 
 
 class GradientScale:
@@ -101,12 +139,13 @@ def diffusion_term(
     *,
     steps: int = 0,
     flag: Tensor | None = None,
-    curve: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    curve: Curve | None = None,
+    density: Tensor | None = None,
 ) -> Tensor:
     """Equation (4), or (5) where ``steps`` > 0, at one t and eps per image: (B,) nats, unbiased for uniform t.
 
     x, eps: (B, C, H, W) reals; t: (B,) in [0, 1); c: (B, size) or None; ``curve``, the schedule given c, where the
-    caller already has it.
+    caller already has it; ``density`` (B,), of t where it was not drawn uniformly: the term is divided by it.
     """
     if model.schedule_reads_image:
         return _image_schedule_term(model, x, t, eps, steps, flag)
@@ -117,7 +156,39 @@ def diffusion_term(
     weight = 0.5 * rate if not steps else 0.5 * steps * torch.expm1((gamma - curve(s)[0]).clamp(min=0))
     z = model.path.diffuse(x, gamma, eps)
     error = model(z, gamma, c, flag) - model.parameterization.target(model.path, gamma, x, eps)
-    return (weight * model.parameterization.weight(model.path, gamma) * error**2).flatten(1).sum(1)
+    term = (weight * model.parameterization.weight(model.path, gamma) * error**2).flatten(1).sum(1)
+    return term if density is None else term / density
+
+
+def second_order_residual(
+    model: DiffusionModel,
+    x: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    probe: Tensor,
+    c: Tensor | None = None,
+    *,
+    flag: Tensor | None = None,
+    curve: Curve | None = None,
+) -> Tensor:
+    """r of equation (9), (B,), at one t, eps and probe (B, C, H, W) of -1 and 1 per image.
+
+    Its gradient reaches the network only: schedule and latent follow the bound.
+    """
+    with torch.no_grad():
+        gamma, rate = (curve or model.curve(c))(t)
+        alpha, sigma = model.path.coefficients(gamma)
+        a, b = model.parameterization.pair(model.path, alpha, sigma)
+        gain = alpha / (alpha * b - sigma * a)
+        z, target = model.path.diffuse(x, gamma, eps), model.parameterization.target(model.path, gamma, x, eps)
+    # The fused kernels of attention have no second derivative.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        z.requires_grad_()
+        out = model(z, gamma, None if c is None else c.detach(), flag)
+        along = rate.sqrt() * gain * sigma * probe
+        (product,) = torch.autograd.grad(out, z, along, create_graph=True)
+    rest = rate.sqrt() * gain * (gain * (out.detach() - target) ** 2 - b)
+    return (product * probe + rest).flatten(1).sum(1)
 
 
 def _image_schedule_term(
@@ -161,14 +232,20 @@ def elbo(
     flag: Tensor | None = None,
     steps: int = 0,
     variance: bool = False,
+    importance: bool = False,
+    second_order: float = 0.0,
+    probe: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Terms:
     """All terms of equation (1) for whole-number images (B, C, H, W), from given times and noise.
 
     t (B,) in [0, 1); eps, eps_0 (B, C, H, W) standard normal, for the diffusion and the reconstruction; ``latent``, a
     draw of q(c|x); ``flag`` (B,); ``steps`` T, 0 for continuous time. ``variance``: the interior of the schedule gets
-    the gradient of the estimator's second moment (GradientScale).
+    the gradient of the estimator's second moment (GradientScale). ``importance``: t is u of times.importance.
+    ``second_order`` > 0: TermsAndSecondOrder, with this weight on equation (8), from ``probe`` (B, C, H, W).
     """
+    if steps and (importance or second_order):
+        raise ValueError("importance-sampled times and the second order are of continuous time: steps must be 0")
     x = pixels.encode(images, model.levels, dtype)
     c = None if latent is None else latent.c
     scale = GradientScale() if variance else None
@@ -176,18 +253,27 @@ def elbo(
         curve = model.schedule.given(x.flatten(1))
     else:
         curve = model.curve(c, scale) if scale else model.curve(c)
+    density = None
+    if importance:
+        t, density = times.importance(t, curve, model.path, isinstance(model.schedule.interior, Linear))
     gamma_0, _ = curve(torch.zeros_like(t))
     gamma_1, _ = curve(torch.ones_like(t))
     z_0 = x + torch.exp(gamma_0 / 2) * eps_0  # over alpha_0: a product and a quotient would each round it
     reconstruction = -pixels.log_likelihood(images, z_0, torch.ones_like(gamma_0), gamma_0, model.levels)
-    diffusion = diffusion_term(model, x, t, eps, c, steps=steps, flag=flag, curve=curve)
+    diffusion = diffusion_term(model, x, t, eps, c, steps=steps, flag=flag, curve=curve, density=density)
     if scale:
         scale.factor = 2 * diffusion.detach()
     zero = torch.zeros_like(diffusion)
-    return Terms(
+    terms = Terms(
         prior=prior_term(model, x, gamma_1),
         reconstruction=reconstruction,
         diffusion=diffusion,
         latent=zero if latent is None else latent.kl,
         valid_latent=zero if latent is None else latent.valid_kl,
     )
+    if not second_order:
+        return terms
+    assert probe is not None, "the second order needs a probe"
+    residual = second_order_residual(model, x, t, eps, probe, c, flag=flag, curve=curve)
+    added = 0.5 * second_order * residual**2 / model.dimensions
+    return TermsAndSecondOrder(**vars(terms), second_order=added if density is None else added / density)

@@ -43,9 +43,22 @@ class Parameterization(ABC):
         a, b = self.pair(path, alpha, sigma)
         return (alpha / (alpha * b - sigma * a)) ** 2
 
+    def gain(self, path: Path, gamma: Tensor) -> Tensor:
+        """alpha sigma/(2 det): the network's weight in the probability flow (flow.py, equation 2), shaped as gamma."""
+        alpha, sigma = path.coefficients(gamma)
+        a, b = self.pair(path, alpha, sigma)
+        return alpha * sigma / (2 * (alpha * b - sigma * a))
+
+    @abstractmethod
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """m, for which z/m moves by the network's output alone (flow.py, equation 6), shaped as alpha."""
+
 
 class Noise(Parameterization):
     """The network estimates eps."""
+
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha
 
     def pair(self, path: Path, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(alpha), torch.ones_like(alpha)
@@ -54,12 +67,18 @@ class Noise(Parameterization):
 class Data(Parameterization):
     """The network estimates x."""
 
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return sigma
+
     def pair(self, path: Path, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(alpha), torch.zeros_like(alpha)
 
 
 class Velocity(Parameterization):
     """The network estimates the path's velocity."""
+
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.ones_like(alpha)
 
     def pair(self, path: Path, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return path.velocity(alpha, sigma)

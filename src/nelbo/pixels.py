@@ -3,15 +3,45 @@ r"""Integers and reals: grey levels v = 0 .. L - 1, their values x, and the deco
 (1)  x(v) = 2 (v + 1/2)/L - 1                              levels at the centres of L bins of [-1, 1]
 (2)  log p(v|z_0) = log softmax_v( -1/2 (z_0/alpha_0 - x(v))^2 exp(-gamma_0) )      per entry (VDM section 3.3)
 (3)  bits/dim = nats / (C H W log 2)
+
+A density p(z) of reals becomes a likelihood of whole numbers by a draw z_0 = alpha x + ... of q(z_0|v), whose
+log-density is subtracted:
+
+    (4)  -log p(v) <= E_q[ log q(z_0|v) - log p(z_0) - log p(v|z_0) ]
+
+Truncated normal    z_0 = alpha x + sigma u,  u ~ N(0, 1) within +-tau,  tau = alpha/(L sigma): inside the bin of v, so
+                    that p(v|z_0) = 1 (i-DODE section 4.2). With Z = erf(tau/sqrt 2), per entry
+    (5)             log q = -u^2/2 - log(2 pi)/2 - log sigma - log Z
+    (6)             E log q = -(1 + log(2 pi))/2 - log sigma - log Z + tau exp(-tau^2/2)/(sqrt(2 pi) Z)
+Uniform             z_0 = alpha (2 (v + u)/L - 1),  u ~ U(0, 1): the bin itself,  log q = log(L/(2 alpha)). It belongs
+                    to a time of more noise than t = 0, where the bin is about as wide as what the flow was trained on:
+    (7)             gamma = -11.8 + 2 log(256/L)                                       (an empirical choice, i-DODE)
+Variational         z_0 = alpha x + sigma eps,  eps ~ N(0, 1), with the decoder (2)
+    (8)             log q = -eps^2/2 - log(2 pi)/2 - log sigma,      E log q = -(1 + log(2 pi))/2 - log sigma
+
+Everything follows from the alpha and sigma of the time at which the density is taken, one per image or per pixel, and
+from L.
 """
 
 import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["bits_per_dim", "check_images", "decode", "encode", "level_log_probs", "log_likelihood"]
+__all__ = [
+    "DEQUANTIZATIONS",
+    "Dequantization",
+    "Dequantized",
+    "bits_per_dim",
+    "check_images",
+    "decode",
+    "encode",
+    "level_log_probs",
+    "log_likelihood",
+]
 
 
 def check_images(images: Tensor, shape: tuple[int, ...], levels: int) -> None:
@@ -55,3 +85,86 @@ def decode(z_0: Tensor, alpha_0: Tensor, gamma_0: Tensor, levels: int, uniform: 
 def bits_per_dim(nats: Any, dimensions: int) -> Any:
     """Equation (3): a number, a tensor or an array of nats per image."""
     return nats / (dimensions * math.log(2))
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """A draw of q(z_0|v): z_0 (B, C, H, W), log_q (B,) nats, its expectation entropy_form (B,), and decoder (B,), the
+    log p(v|z_0) that goes with it (0 where z_0 lies in the bin of v)."""
+
+    z: Tensor
+    log_q: Tensor
+    entropy_form: Tensor
+    decoder: Tensor
+
+
+class Dequantization(ABC):
+    """q(z_0|v). ``noise`` names the kind of random numbers: "uniform" in [0, 1) or "normal". Stateless."""
+
+    noise = "uniform"
+
+    def start(self, levels: int) -> float | None:
+        """The gamma (its mean over pixels) at which the density is taken; None for that of t = 0."""
+        return None
+
+    @abstractmethod
+    def draw(self, images: Tensor, alpha: Tensor, sigma: Tensor, levels: int, noise: Tensor) -> Dequantized:
+        """z_0 for whole numbers (B, C, H, W), from alpha and sigma broadcastable to them and noise of their shape.
+
+        The precision is that of ``noise``; densities are summed in float64.
+        """
+
+
+def _sum(values: Tensor, like: Tensor) -> Tensor:
+    return values.double().expand(like.shape).flatten(1).sum(1)
+
+
+class TruncatedNormal(Dequantization):
+    """Equations (5) and (6)."""
+
+    def draw(self, images: Tensor, alpha: Tensor, sigma: Tensor, levels: int, noise: Tensor) -> Dequantized:
+        a, s = alpha.double(), sigma.double()
+        tau = a / (levels * s)
+        mass = torch.erf(tau / math.sqrt(2))
+        u = math.sqrt(2) * torch.erfinv((2 * noise.double() - 1) * mass)
+        u = torch.minimum(torch.maximum(u, -tau), tau)
+        constant = -math.log(2 * math.pi) / 2 - s.log() - mass.log()
+        mean = constant - 0.5 + tau * torch.exp(-(tau**2) / 2) / (math.sqrt(2 * math.pi) * mass)
+        z = a * encode(images, levels, torch.float64) + s * u
+        log_q = _sum(constant - u**2 / 2, u)
+        return Dequantized(z.to(noise.dtype), log_q, _sum(mean, u), torch.zeros_like(log_q))
+
+
+class Uniform(Dequantization):
+    """The bin, all of it; equation (7)."""
+
+    def start(self, levels: int) -> float | None:
+        return -11.8 + 2 * math.log(256 / levels)
+
+    def draw(self, images: Tensor, alpha: Tensor, sigma: Tensor, levels: int, noise: Tensor) -> Dequantized:
+        u, a = noise.double(), alpha.double()
+        z = a * (2 * (images + u) / levels - 1)
+        log_q = _sum(torch.log(levels / (2 * a)), u)
+        return Dequantized(z.to(noise.dtype), log_q, log_q, torch.zeros_like(log_q))
+
+
+class Variational(Dequantization):
+    """A Gaussian and the model's decoder; equation (8)."""
+
+    noise = "normal"
+
+    def draw(self, images: Tensor, alpha: Tensor, sigma: Tensor, levels: int, noise: Tensor) -> Dequantized:
+        eps, s = noise.double(), sigma.double()
+        constant = -math.log(2 * math.pi) / 2 - s.log()
+        over_alpha = encode(images, levels, torch.float64) + s / alpha.double() * eps
+        gamma = 2 * torch.log(s / alpha.double()).expand_as(over_alpha)
+        decoder = log_likelihood(images, over_alpha, torch.ones_like(gamma), gamma, levels)
+        z = (alpha.double() * over_alpha).to(noise.dtype)
+        return Dequantized(z, _sum(constant - eps**2 / 2, eps), _sum(constant - 0.5, eps), decoder)
+
+
+DEQUANTIZATIONS: dict[str, type[Dequantization]] = {
+    "truncated-normal": TruncatedNormal,
+    "uniform": Uniform,
+    "variational": Variational,
+}

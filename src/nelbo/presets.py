@@ -5,6 +5,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 from nelbo.config import (
     Config,
@@ -83,6 +84,34 @@ def _mulan(base: Config, **changes: object) -> Config:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
+def _augmented(base: Config) -> Config:
+    """The papers' augmented CIFAR-10: 256 channels, attention everywhere, dropout 0.05, batch 1024."""
+    return replace(
+        base,
+        data=replace(base.data, augment="vdm"),
+        network=replace(base.network, channels=256, attention="everywhere", dropout=0.05, flag=True),
+        training=replace(base.training, batch=1024),
+    )
+
+
+def _idode(base: Config, path: Literal["vp", "straight"], **training: int) -> Config:
+    """i-DODE: fixed linear schedule, velocity, importance-sampled times, a column for augmentation."""
+    return replace(
+        base,
+        path=path,
+        parameterization="velocity",
+        objective=replace(base.objective, times="importance"),
+        network=replace(base.network, flag=True),
+        training=replace(base.training, **training),  # type: ignore[arg-type]
+    )
+
+
+def _idode_imagenet(version: str, path: Literal["vp", "straight"], batch: int) -> Config:
+    """i-DODE's ImageNet-32, old or new: VDM's network with dropout 0.1, 2 M steps."""
+    base = _idode(_imagenet(32), path, batch=batch)
+    return replace(base, data=DataConfig(f"imagenet32-{version}"), network=replace(base.network, dropout=0.1))
+
+
 def vdm_digits() -> Config:
     """VDM on 8x8 digits: learned linear schedule."""
     return _vdm(_digits())
@@ -154,6 +183,16 @@ def mulan_pixel_noise_digits() -> Config:
     return replace(base, network=replace(base.network, kind="pixel-noise"))
 
 
+def idode_vp_digits() -> Config:
+    """i-DODE on 8x8 digits, variance-preserving path."""
+    return _idode(_digits(), "vp")
+
+
+def idode_sp_digits() -> Config:
+    """i-DODE on 8x8 digits, straight path."""
+    return _idode(_digits(), "straight")
+
+
 def vdm_photos32() -> Config:
     """VDM on 32x32 crops of two photographs."""
     return _vdm(_photos32())
@@ -169,6 +208,16 @@ def mulan_velocity_photos32() -> Config:
     return _mulan(_photos32(), parameterization="velocity")
 
 
+def idode_vp_photos32() -> Config:
+    """i-DODE on 32x32 crops of two photographs, variance-preserving path."""
+    return _idode(_photos32(), "vp")
+
+
+def idode_sp_photos32() -> Config:
+    """i-DODE on 32x32 crops of two photographs, straight path."""
+    return _idode(_photos32(), "straight")
+
+
 def vdm_cifar10() -> Config:
     """VDM, CIFAR-10 (2.65 bits/dim in the paper)."""
     return _vdm(_cifar10())
@@ -176,14 +225,8 @@ def vdm_cifar10() -> Config:
 
 def vdm_cifar10_aug() -> Config:
     """VDM, augmented CIFAR-10 (2.49): monotone network, 256 channels, attention everywhere, batch 1024."""
-    base = _vdm(_cifar10())
-    return replace(
-        base,
-        data=replace(base.data, augment="vdm"),
-        schedule=replace(base.schedule, kind="monotone", ends="learned", width=1024),
-        network=replace(base.network, channels=256, attention="everywhere", dropout=0.05),
-        training=replace(base.training, batch=1024),
-    )
+    base = _vdm(_augmented(_cifar10()))
+    return replace(base, schedule=replace(base.schedule, kind="monotone", width=1024))
 
 
 def mulan_cifar10() -> Config:
@@ -211,6 +254,46 @@ def vdm_imagenet64() -> Config:
     return _vdm(_imagenet(64))
 
 
+def idode_vp_cifar10() -> Config:
+    """i-DODE, CIFAR-10, VP (2.56 by ODE on the better path, fine-tuned: --objective.second-order 0.1)."""
+    return _idode(_cifar10(), "vp", steps=6_000_000)
+
+
+def idode_sp_cifar10() -> Config:
+    """i-DODE, CIFAR-10, straight path; fine-tuned as idode-vp-cifar10."""
+    return _idode(_cifar10(), "straight", steps=6_000_000)
+
+
+def idode_vp_cifar10_aug() -> Config:
+    """i-DODE, augmented CIFAR-10, VP (2.42 by ODE on the better path): attention everywhere, batch 1024."""
+    return _idode(_augmented(_cifar10()), "vp", steps=1_950_000)
+
+
+def idode_sp_cifar10_aug() -> Config:
+    """i-DODE, augmented CIFAR-10, straight path."""
+    return _idode(_augmented(_cifar10()), "straight", steps=1_950_000)
+
+
+def idode_vp_imagenet32_old() -> Config:
+    """i-DODE, ImageNet-32, old version, VP (3.69 by ODE on the better path, fine-tuned)."""
+    return _idode_imagenet("old", "vp", 512)
+
+
+def idode_sp_imagenet32_old() -> Config:
+    """i-DODE, ImageNet-32, old version, straight path."""
+    return _idode_imagenet("old", "straight", 512)
+
+
+def idode_vp_imagenet32_new() -> Config:
+    """i-DODE, ImageNet-32, new version, VP (3.43 by ODE on the better path, fine-tuned)."""
+    return _idode_imagenet("new", "vp", 128)
+
+
+def idode_sp_imagenet32_new() -> Config:
+    """i-DODE, ImageNet-32, new version, straight path."""
+    return _idode_imagenet("new", "straight", 128)
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     function.__name__.replace("_", "-"): function
     for function in (
@@ -227,15 +310,27 @@ PRESETS: dict[str, Callable[[], Config]] = {
         mulan_gaussian_digits,
         mulan_paper_digits,
         mulan_pixel_noise_digits,
+        idode_vp_digits,
+        idode_sp_digits,
         vdm_photos32,
         mulan_photos32,
         mulan_velocity_photos32,
+        idode_vp_photos32,
+        idode_sp_photos32,
         vdm_cifar10,
         vdm_cifar10_aug,
         mulan_cifar10,
         mulan_velocity_cifar10,
+        idode_vp_cifar10,
+        idode_sp_cifar10,
+        idode_vp_cifar10_aug,
+        idode_sp_cifar10_aug,
         vdm_imagenet32,
         mulan_imagenet32,
+        idode_vp_imagenet32_old,
+        idode_sp_imagenet32_old,
+        idode_vp_imagenet32_new,
+        idode_sp_imagenet32_new,
         vdm_imagenet64,
     )
 }

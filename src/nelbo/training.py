@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nelbo import checkpoints, likelihood, pictures, pixels, samplers, times
 from nelbo.compose import build_model, noise_parameters
@@ -40,6 +41,7 @@ from nelbo.stopping import Stopped, listen
 __all__ = ["train"]
 
 TERMS = ("prior", "reconstruction", "diffusion", "latent", "valid_latent")
+ADDED = "second_order"  # what the loss holds beside the bound, where objective.second_order is above 0
 
 
 class Loss(nn.Module):
@@ -55,7 +57,7 @@ class Loss(nn.Module):
         draws = Draws(seed, batch.index[part], 0, device)
         positions = torch.arange(size, device=device)[part]
         # Stratified times share one shift, that of the step; independent ones have their own.
-        keys = [step] * len(positions) if config.objective.times == "stratified" else batch.index[part]
+        keys = batch.index[part] if config.objective.times == "uniform" else [step] * len(positions)
         u = Draws(seed, keys, 0, device).uniform("time")
         labels = None if batch.labels is None else torch.from_numpy(batch.labels[part]).to(device)
         return likelihood.draw_terms(
@@ -68,6 +70,8 @@ class Loss(nn.Module):
             steps=config.objective.steps,
             step=step,
             variance=config.objective.minimise_variance,
+            importance=config.objective.times == "importance",
+            second_order=config.objective.second_order,
         )
 
 
@@ -106,7 +110,7 @@ class Trainer:
     @staticmethod
     def empty_window() -> dict[str, float]:
         """Sums over the steps since the last line of the log."""
-        return dict.fromkeys(("steps", "seconds", *TERMS, "gradient_norm"), 0.0)
+        return dict.fromkeys(("steps", "seconds", *TERMS, ADDED, "gradient_norm"), 0.0)
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -171,9 +175,14 @@ class Trainer:
         loss, part = Loss(self.model, self.config), self.config.training.batch // self.parts
 
         def forward(images: int) -> Tensor:
-            return loss(self.batches.batch_at(0), slice(0, images), 0).total.sum()
+            return loss(self.batches.batch_at(0), slice(0, images), 0).loss.sum()
 
-        return memory_estimate(self.model, forward, part)
+        with self.attention():
+            return memory_estimate(self.model, forward, part)
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, attention has a second derivative where the loss takes one; activations recomputed there too."""
+        return sdpa_kernel(SDPBackend.MATH) if self.config.objective.second_order else contextlib.nullcontext()
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -190,20 +199,21 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
         batch, size = self.batches.batch_at(self.step), training.batch // self.parts
-        sums = torch.zeros(len(TERMS), device=self.accelerator.device)
+        names = (*TERMS, ADDED) if config.objective.second_order else TERMS
+        sums = torch.zeros(len(names), device=self.accelerator.device)
         for part in range(training.accumulate):
             start = (part * self.processes + first) * size
             last = part == training.accumulate - 1  # where processes exchange their gradients
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.loss):
+            with self.attention(), contextlib.nullcontext() if last else self.accelerator.no_sync(self.loss):
                 terms = self.loss(batch, slice(start, start + size), self.step)
-                mean = terms.total.sum() * self.processes / training.batch  # gradients are averaged over processes
+                mean = terms.loss.sum() * self.processes / training.batch  # gradients are averaged over processes
                 self.accelerator.backward(pixels.bits_per_dim(mean, self.model.dimensions))
-            sums += torch.stack([getattr(terms, name).detach().sum() for name in TERMS])
+            sums += torch.stack([getattr(terms, name).detach().sum() for name in names])
         sums = self.accelerator.reduce(sums, "sum") / training.batch
         parameters: list[Tensor] = list(self.model.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         bits = (float(pixels.bits_per_dim(value, self.model.dimensions)) for value in sums.tolist())
-        figures = dict(zip(TERMS, bits, strict=True))
+        figures = dict(zip(names, bits, strict=True))
         figures["gradient_norm"] = float(norm)
         self.check_finite(figures)
         if config.optimizer.clip:
@@ -249,6 +259,8 @@ class Trainer:
             "terms": terms,
             "gradient_norm": self.window["gradient_norm"] / steps,
         }
+        if self.config.objective.second_order:
+            line[ADDED] = self.window[ADDED] / steps
         self.window = self.empty_window()
         return line
 

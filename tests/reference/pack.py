@@ -30,6 +30,7 @@ CASES = (
     "mulan_epsilon_loss",
     "mulan_velocity_loss_small",
     "vdm_loss",
+    "idode_loss_small",
     "mulan_ancestral_small",
     "vdm_ancestral_small",
     "optimizer",

@@ -230,9 +230,7 @@ def _terms(group: Group) -> Block:
 
     block = Block(group.title)
     rows = []
-    for run in group.evaluated:
-        e = run.headline
-        assert e is not None
+    for run, e in group.bounded:
         terms = {name: e.terms[name].mean for name in figures.TERM_COLOURS}
         rows.append((run.name, {**terms, "latent": e.terms.get("valid_latent", e.terms["latent"]).mean}))
         if e.published is not None:

@@ -63,6 +63,13 @@ class Evaluation:
     baselines: list[Baseline]
     seconds: float
     per_image: tuple[np.ndarray, np.ndarray] | None
+    is_bound: bool = True
+    tolerance: Estimate | None = None
+
+    @property
+    def method(self) -> str:
+        """vlb or ode."""
+        return str(self.settings.get("method", "vlb"))
 
 
 class Thinned:
@@ -143,18 +150,28 @@ class Run:
 
     @property
     def headline(self) -> Evaluation | None:
-        """The evaluation that speaks for the run: its own data, test split, the checkpoint asked for, averaged weights,
-        the T of training; then the most images, the most draws, the latest step."""
+        """The variational bound that speaks for the run: its own data, test split, the checkpoint asked for, averaged
+        weights, the T of training; then the most images, the most draws, the latest step.
+        An ODE likelihood where there is none."""
+        return self._best([e for e in self.evaluations if e.method == "vlb"]) or self.flow
+
+    @property
+    def flow(self) -> Evaluation | None:
+        """The likelihood by the probability flow that speaks for the run, chosen in the same way."""
+        return self._best([e for e in self.evaluations if e.method == "ode"])
+
+    def _best(self, evaluations: list[Evaluation]) -> Evaluation | None:
         trained_steps = self.info["config"].get("objective", {}).get("steps", 0)
 
         def rank(e: Evaluation) -> tuple[Any, ...]:
             draws = e.settings.get("times_per_shift", 0) * e.settings.get("shifts", 0)
+            draws += e.settings.get("samples", 0) * e.settings.get("replicates", 0)
             asked = self.checkpoint in (e.checkpoint, str(e.step))
             same_time = e.settings.get("steps", 0) == trained_steps
             own = e.data == self.data_name
             return own, e.split == "test", asked, e.weights == "ema", same_time, e.images, draws, e.step, e.stem
 
-        return max(self.evaluations, key=rank, default=None)
+        return max(evaluations, key=rank, default=None)
 
     def command(self, verb: str, rest: str = "") -> str:
         """The shell command that runs a verb of nelbo on this run."""
@@ -266,7 +283,8 @@ def _curves(file: Path) -> Curves:
 def _evaluation(file: Path) -> Evaluation:
     values = _json(file)
     terms = {name: _estimate(values, f"terms.{name}", file) for name in _entry(values, "terms", dict, file)}
-    for name in ("prior", "reconstruction", "diffusion", "latent"):
+    ode = _entry(values, "settings", dict, file).get("method") == "ode"
+    for name in ("prior", "divergence", "latent") if ode else ("prior", "reconstruction", "diffusion", "latent"):
         if name not in terms:
             raise UserError(f"{file}: the field terms.{name} is missing")
     by_time = None
@@ -306,6 +324,8 @@ def _evaluation(file: Path) -> Evaluation:
         baselines=baselines,
         seconds=_entry(values, "seconds", float, file),
         per_image=_per_image(file.with_suffix(".npz")),
+        is_bound=bool(values.get("is_bound", True)),
+        tolerance=_estimate(values, "tolerance", file) if values.get("tolerance") else None,
     )
 
 

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 PUBLISHED = ", as published"
+BY_ODE = ", by ODE"
 NOT_A_BOUND = (
     "not a bound: as its authors compute it, the k-hot latent charged the KL of one categorical draw, which is not the "
     "KL of the subset"
@@ -81,6 +82,11 @@ class Group:
     def evaluated(self) -> list[Run]:
         """Those that have a figure."""
         return [run for run in self.runs if run.headline is not None]
+
+    @property
+    def bounded(self) -> list[tuple[Run, Evaluation]]:
+        """Those whose figure is a variational bound, which has the four terms."""
+        return [(run, run.headline) for run in self.runs if run.headline and run.headline.method == "vlb"]
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -135,14 +141,23 @@ def duration(seconds: float) -> str:
 
 def provenance(e: Evaluation) -> str:
     """What a figure is and where it comes from, in one line."""
-    steps, method = e.settings.get("steps", 0), str(e.settings.get("method", "vlb"))
-    kind = "upper bound (VLB" if method == "vlb" else f"estimate ({method}"
-    parts = [f"{kind}, {f'T = {steps}' if steps else 'continuous time'})"]
+    steps, s = e.settings.get("steps", 0), e.settings
+    if e.method == "ode":
+        kind = "upper bound" if e.is_bound else "estimate"
+        trace = "exact trace" if e.is_bound else f"{s.get('probes')} {s.get('trace')} probe(s)"
+        parts = [
+            f"{kind} (probability-flow ODE, {s.get('dequantization')} dequantization, K = {s.get('samples')} × "
+            f"{s.get('replicates')} replicates, {trace}, tolerance {s.get('rtol'):g})"
+        ]
+    else:
+        parts = [f"upper bound (VLB, {f'T = {steps}' if steps else 'continuous time'})"]
     parts.append(f"{e.data[0]} version {e.data[1]}, {e.split} split, {e.images} images")
     weights = {"ema": "averaged (EMA) weights", "raw": "raw weights"}.get(e.weights, e.weights)
     parts.append(f"{weights} of step {e.step:,} ({e.checkpoint})".replace(",", " "))
     if "times_per_shift" in e.settings:
         parts.append(f"{e.settings['times_per_shift']} times × {e.settings.get('shifts', 1)} shifts an image")
+    if e.tolerance is not None:
+        parts.append(f"the tolerance costs {figure(e.tolerance)} on a few images")
     if "seed" in e.settings:
         parts.append(f"seed {e.settings['seed']}")
     return " · ".join(parts)
@@ -171,6 +186,8 @@ def figures_table(group: Group) -> Table:
             rows.append(Row(run.name, [Cell("–"), Cell("–")], "no evaluation yet", run.number))
         else:
             rows += _figure_rows(run, run.headline, run.name)
+            if run.flow is not None and run.flow is not run.headline:
+                rows += _figure_rows(run, run.flow, f"{run.name}{BY_ODE}")
     notes = ["± is one standard error over the images. It already contains the draws' own error, given beside it."]
     if len({(r.headline.split, r.headline.images) for r in group.evaluated if r.headline}) > 1:
         notes.append("These figures are not all of the same images: see the line below each name.")
@@ -248,9 +265,7 @@ def _draws(run: Run) -> list[Any]:
 def terms_table(group: Group) -> Table:
     """The four terms and their sum."""
     rows = []
-    for run in group.evaluated:
-        e = run.headline
-        assert e is not None
+    for run, e in group.bounded:
         common = [_cell(e.terms[name]) for name in ("diffusion", "reconstruction", "prior")]
         valid = e.terms.get("valid_latent", e.terms["latent"])
         rows.append(Row(run.name, [_cell(e.value), _cell(valid), *common], number=run.number))
