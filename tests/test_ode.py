@@ -217,13 +217,21 @@ def test_as_many_steps_as_the_limit_are_enough():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_there_and_back(name):
-    """Backwards in time: to the closed form, and back to where it came from."""
+    """Backwards in time: to the closed form, and back to where it came from; the field is not asked about times beyond
+    either end, not even for the first step's estimate."""
+    times = []
+
+    def decay_seen(t, y, rows):
+        times.append(t)
+        return decay(t, y, rows)
+
     y = tensor([[1.0, -2.0], [0.1, 30.0]]).reshape(2, 1, 2)
-    there = solve(Counted(decay), y, 3.0, -2.0, rtol=1e-7, atol=1e-7, method=name)
+    there = solve(Counted(decay_seen), y, 3.0, -2.0, rtol=1e-7, atol=1e-7, method=name)
     assert torch.allclose(there.y, y * math.exp(math.sin(-2.0) - math.sin(3.0)), rtol=1e-5)
     assert torch.equal(there.t, torch.full((2,), -2.0, dtype=FLOAT))
-    back = solve(Counted(decay), there.y, -2.0, 3.0, rtol=1e-7, atol=1e-7, method=name)
+    back = solve(Counted(decay_seen), there.y, -2.0, 3.0, rtol=1e-7, atol=1e-7, method=name)
     assert torch.allclose(back.y, y, rtol=1e-5)
+    assert -2 <= torch.cat(times).min().item() and torch.cat(times).max().item() <= 3
 
 
 def test_every_example_has_its_own_start():
@@ -498,6 +506,25 @@ def test_the_state_keeps_its_precision(dtype, floor):
         found.y.double() / y.double(), torch.full((1, 2), math.exp(math.sin(2.0)), dtype=FLOAT), rtol=floor
     )
     assert found.quadrature.item() == pytest.approx(math.sin(2.0), rel=tolerance * 10)
+
+
+def test_errors_are_measured_in_the_unit_given():
+    """A state 1024 times as large whose unit is 1024: the same steps and 1024 times the state, to the last bit; each
+    example at its own unit, at the beginning of each step. In a larger unit fewer steps will do."""
+    y, asked, large = torch.ones(2, 3, dtype=FLOAT), [], tensor([[1.0], [1024.0]])
+
+    def unit(t, rows):
+        asked.append((t.tolist(), rows.tolist()))
+        return large[rows]
+
+    options = {"rtol": 0.0, "atol": 1e-7}
+    plain = solve(Counted(decay), y, 0.0, 3.0, **options)
+    found = solve(Counted(decay), y * large, 0.0, 3.0, unit=unit, **options)
+    assert torch.equal(found.y, plain.y * large) and torch.equal(found.evaluations, plain.evaluations)
+    tried = int((plain.accepted + plain.rejected)[0])
+    assert len(asked) == tried + 1 and asked[-1][0][0] < 3.0 and asked[0] == ([0.0, 0.0], [0, 1])
+    loose = solve(Counted(decay), y, 0.0, 3.0, unit=lambda t, rows: 1000 * torch.ones(len(rows), 1), **options)
+    assert bool((loose.accepted < plain.accepted).all())
 
 
 def test_a_tolerance_beyond_float32_fails_with_advice():

@@ -331,7 +331,7 @@ def test_ode_samples_of_gaussian_data(path):
     toy, count = gaussian(DEVIATIONS), 4000
     toy.levels = 256
     model = build(toy, polynomial(toy.shape, -13.3, G1, seed=2), path, "noise", prior_scale=0.95)
-    _, found = sample_ode(model, count, seed=4)
+    _, found = sample_ode(model, count, seed=4, rtol=1e-5, atol=1e-5, method="dopri5")
     with torch.no_grad():
         alpha, sigma = model.path.coefficients(model.schedule(tensor([0.0, 1.0]))[0].flatten(1))
     start, end = alpha**2 * toy.variance + sigma**2

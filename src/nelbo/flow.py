@@ -136,6 +136,12 @@ class Flow:
         self.select(torch.arange(len(t), device=t.device))
         return self.at_work[0](t.to(self.precision or t.dtype))[0]
 
+    def noise(self, t: Tensor, rows: Tensor) -> Tensor:
+        """sigma/m at t: the unit in which errors of w are measured, broadcastable to the states of ``rows``."""
+        self.select(rows)
+        gamma, _ = self.at_work[0](t.to(self.precision or t.dtype))
+        return self.model.path.coefficients(gamma)[1] / self.scale(gamma)
+
     @torch.no_grad()
     def transport(
         self, z: Tensor, t_0: float | Tensor, t_1: float, *, divergence: bool = False, **solver: Any
@@ -149,12 +155,7 @@ class Flow:
             speed, trace = self.field(t, w, rows, integrand)
             return speed, None if trace is None else trace / dimensions  # so that tolerances are per dimension
 
-        def noise(t: Tensor, rows: Tensor) -> Tensor:
-            self.select(rows)
-            gamma, _ = self.at_work[0](t.to(self.precision or z.dtype))
-            return self.model.path.coefficients(gamma)[1] / self.scale(gamma)
-
-        solution = ode.solve(field, z / m_0, t_0, t_1, quadrature=divergence, unit=noise, **solver)
+        solution = ode.solve(field, z / m_0, t_0, t_1, quadrature=divergence, unit=self.noise, **solver)
         total = None
         if solution.quadrature is not None:
             linear = (m_1.double().log() - m_0.double().log()).expand(z.shape).flatten(1).sum(1)

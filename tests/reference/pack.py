@@ -34,8 +34,14 @@ CASES = (
     "mulan_ancestral_small",
     "vdm_ancestral_small",
     "optimizer",
+    "idode_ode_drift",
+    "mulan_ode_likelihood",
 )
-LEAVE_OUT = r"layers\.npz/[a-z]+/resnet_block_wide/.*"  # of the shape of resnet_block_per_pixel
+LEAVE_OUT = (
+    r"layers\.npz/[a-z]+/resnet_block_wide/.*"  # of the shape of resnet_block_per_pixel
+    r"|idode_ode_drift\.npz/(in|draw|out)/g[02]/.*"  # one of three places
+    r"|mulan_ode_likelihood\.npz/(draw|out)/(epsilon|velocity_is3)/.*"  # one of three variants
+)
 EVERY_OTHER = r"schedule_(poly|nnet_multi).*/(in/t|out/gamma|out/dgamma_dt)"
 
 
