@@ -227,8 +227,8 @@ class PlainState(Flow):
 class PlainUnit(Flow):
     """Tolerances in units of the pixels, the same at every time."""
 
-    def noise(self, t: Tensor, rows: Tensor) -> Tensor:
-        return torch.ones(1)
+    def noise(self, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones(1), super().noise(t, rows)[1]
 
 
 class FreshSchedule(Flow):

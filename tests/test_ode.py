@@ -508,22 +508,22 @@ def test_the_state_keeps_its_precision(dtype, floor):
     assert found.quadrature.item() == pytest.approx(math.sin(2.0), rel=tolerance * 10)
 
 
-def test_errors_are_measured_in_the_unit_given():
-    """A state 1024 times as large whose unit is 1024: the same steps and 1024 times the state, to the last bit; each
-    example at its own unit, at the beginning of each step. In a larger unit fewer steps will do."""
+def test_a_tolerance_of_its_own():
+    """A state and tolerance 1024 times as large: the same steps and 1024 times the state, to the last bit; each example
+    has its own, at the beginning of each step. With a larger one fewer steps will do."""
     y, asked, large = torch.ones(2, 3, dtype=FLOAT), [], tensor([[1.0], [1024.0]])
 
-    def unit(t, rows):
+    def allowed(t, rows, size):
         asked.append((t.tolist(), rows.tolist()))
-        return large[rows]
+        return 1e-7 * large[rows].expand_as(size)
 
     options = {"rtol": 0.0, "atol": 1e-7}
     plain = solve(Counted(decay), y, 0.0, 3.0, **options)
-    found = solve(Counted(decay), y * large, 0.0, 3.0, unit=unit, **options)
+    found = solve(Counted(decay), y * large, 0.0, 3.0, tolerance=allowed, **options)
     assert torch.equal(found.y, plain.y * large) and torch.equal(found.evaluations, plain.evaluations)
     tried = int((plain.accepted + plain.rejected)[0])
     assert len(asked) == tried + 1 and asked[-1][0][0] < 3.0 and asked[0] == ([0.0, 0.0], [0, 1])
-    loose = solve(Counted(decay), y, 0.0, 3.0, unit=lambda t, rows: 1000 * torch.ones(len(rows), 1), **options)
+    loose = solve(Counted(decay), y, 0.0, 3.0, tolerance=lambda t, rows, size: 1e-4 + 0 * size, **options)
     assert bool((loose.accepted < plain.accepted).all())
 
 

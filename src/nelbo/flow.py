@@ -16,8 +16,8 @@ whose diagonal part costs no variance where e is +-1. A probe is fixed along a s
     (6)  w = z/m,     dw/dt = gamma' (B/m) out(m w),      m = alpha, sigma or 1 for noise, data or velocity
 
 in which the linear part A z is gone: it is solved exactly by m (d log m/d gamma = A), and contributes to (4) the
-difference of sum_i log m_i between the ends. Errors of w are measured in units of the noise at that time, sigma/m: what
-the network sees of an error is its size beside sigma, which near the data is a thousandth of what it is at t = 1.
+difference of sum_i log m_i between the ends. Errors of z = m w are measured in units of sigma, the noise at that time:
+what the network sees of an error is its size beside sigma, which near the data is a thousandth of what it is at t = 1.
 """
 
 import math
@@ -136,17 +136,30 @@ class Flow:
         self.select(torch.arange(len(t), device=t.device))
         return self.at_work[0](t.to(self.precision or t.dtype))[0]
 
-    def noise(self, t: Tensor, rows: Tensor) -> Tensor:
-        """sigma/m at t: the unit in which errors of w are measured, broadcastable to the states of ``rows``."""
+    def noise(self, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """sigma and m at t, broadcastable to the states of ``rows``."""
         self.select(rows)
         gamma, _ = self.at_work[0](t.to(self.precision or t.dtype))
-        return self.model.path.coefficients(gamma)[1] / self.scale(gamma)
+        return self.model.path.coefficients(gamma)[1], self.scale(gamma)
 
     @torch.no_grad()
     def transport(
-        self, z: Tensor, t_0: float | Tensor, t_1: float, *, divergence: bool = False, **solver: Any
+        self,
+        z: Tensor,
+        t_0: float | Tensor,
+        t_1: float,
+        *,
+        divergence: bool = False,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        method: str = "dopri5",
+        **solver: Any,
     ) -> Transport:
-        """The flow from z (B, C, H, W) at t_0 (a number, or (B,)) to t_1; ``solver``: options of ``ode.solve``."""
+        """The flow from z (B, C, H, W) at t_0 (a number, or (B,)) to t_1, the network in evaluation mode.
+
+        An entry's tolerance is sigma (atol + rtol |z|), the log-density's, per dimension, atol + rtol of its size;
+        ``solver``: more options of ``ode.solve``.
+        """
         dimensions = z[0].numel()
         begin, end = (torch.as_tensor(t, dtype=torch.float64, device=z.device).expand(len(z)) for t in (t_0, t_1))
         m_0, m_1 = self.scale(self.gamma(begin)), self.scale(self.gamma(end))
@@ -155,7 +168,19 @@ class Flow:
             speed, trace = self.field(t, w, rows, integrand)
             return speed, None if trace is None else trace / dimensions  # so that tolerances are per dimension
 
-        solution = ode.solve(field, z / m_0, t_0, t_1, quadrature=divergence, unit=self.noise, **solver)
+        def tolerance(t: Tensor, rows: Tensor, size: Tensor) -> Tensor:
+            sigma, m = self.noise(t, rows)
+            return sigma * (atol / m + rtol * size)
+
+        training = self.model.training
+        self.model.eval()
+        try:
+            solution = ode.solve(
+                field, z / m_0, t_0, t_1, rtol=rtol, atol=atol, method=method, quadrature=divergence,
+                tolerance=tolerance, **solver,
+            )  # fmt: skip
+        finally:
+            self.model.train(training)
         total = None
         if solution.quadrature is not None:
             linear = (m_1.double().log() - m_0.double().log()).expand(z.shape).flatten(1).sum(1)

@@ -284,6 +284,8 @@ def ode(
     pixels.check_images(images, model.shape, model.levels)
     n, per_image = len(images), replicates * samples
     index = np.arange(n) if index is None else np.asarray(index)
+    if len(np.unique(index)) != n:
+        raise ValueError("index must name every image once: an image's latent is inferred once for all its draws")
     table = ode_table(n, replicates, samples) if table is None else table
     flat = {name: values.reshape(-1) for name, values in table.items()}
     label_tensor = None if labels is None else torch.as_tensor(labels)

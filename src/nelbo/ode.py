@@ -1,11 +1,10 @@
 r"""Initial value problems dy/dt = f(t, y) by explicit Runge-Kutta pairs, each example by its own error.
 
     (1)  k_i = f(t + c_i h, y + h sum_{j<i} a_ij k_j),     y <- y + h sum_i b_i k_i
-    (2)  E   = max over the parts of |h sum_i e_i k_i / (u (atol + rtol max(|y|, |y_new|)))|_rms
+    (2)  E   = max over the parts of |h sum_i e_i k_i / tolerance|_rms,     tolerance = atol + rtol max(|y|, |y_new|)
     (3)  accepted where E <= 1;     h <- h min(10, max(1/5, 0.9 E^(-0.7/p) E_before^(0.4/p))),   p the pair's order
          rejected otherwise;      h <- h max(1/5, 0.9 E^(-1/p))
 
-u is a unit in which the state's errors are measured, 1 unless one is given, of the step's beginning.
 The step, the error and the decision belong to one example, so its result does not depend on the batch that it was in.
 Examples that are through leave the batch: they cost no further evaluations. Time and step are float64; the state keeps
 its own precision.
@@ -23,7 +22,7 @@ from torch import Tensor
 __all__ = ["METHODS", "Solution", "Tableau", "solve"]
 
 Field = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-Unit = Callable[[Tensor, Tensor], Tensor]
+Tolerance = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def solve(
     atol: float = 1e-5,
     method: str = "dopri5",
     quadrature: bool = False,
-    unit: Unit | None = None,
+    tolerance: Tolerance | None = None,
     first_step: float | None = None,
     max_steps: int = 1000,
 ) -> Solution:
@@ -117,7 +116,8 @@ def solve(
     ``field(t, y, rows, integrand)`` gives dy/dt shaped as y and dq/dt (B,), which may be None unless ``integrand``, for
     times t (A,) float64 and states y (A, ...) of the examples ``rows`` (A,); ``rows`` is the same object as long as the
     same examples are at work. ``quadrature``: integrate q too, from 0, its error held below the same tolerances.
-    ``unit(t, rows)``, u of equation (2), broadcastable to the states. ``first_step``: |h| to begin with, by default
+    ``tolerance(t, rows, |y|)``: that of the state in equation (2), shaped as it, from the beginning of a step, in place
+    of atol + rtol |y|; a quadrature keeps its own. ``first_step``: |h| to begin with, by default
     estimated at the price of one evaluation. ``max_steps``: steps tried, per example. Nothing is raised where an
     example fails: see ``Solution.status``.
     """
@@ -139,11 +139,12 @@ def solve(
         return out
     y, t, span = y[rows], t[rows], span[rows]
 
+    allowed = tolerance or (lambda t, rows, size: atol + rtol * size)
+
     def error_norm(
         error: Tensor, before: Tensor, after: Tensor, e_q: Tensor | None, q: Tensor, q_new: Tensor
     ) -> Tensor:
-        error = error if unit is None else error / unit(t, rows)
-        norm = _rms(error / (atol + rtol * torch.maximum(before.abs(), after.abs())))
+        norm = _rms(error / allowed(t, rows, torch.maximum(before.abs(), after.abs())))
         if e_q is None:
             return norm
         return torch.maximum(norm, (e_q / (atol + rtol * torch.maximum(q.abs(), q_new.abs()))).abs())
@@ -154,7 +155,7 @@ def solve(
     k_0, g_0 = field(t, y, rows, quadrature)
     evaluations += 1
     if first_step is None:
-        h = _first_step(field, t, y, k_0, rows, sign, span, rtol, atol, tableau.order, unit)
+        h = _first_step(field, t, y, k_0, rows, sign, span, allowed, tableau.order)
         evaluations += 1
     else:
         h = span.clamp(max=abs(first_step))
@@ -228,11 +229,11 @@ def solve(
 
 
 def _first_step(
-    field: Field, t: Tensor, y: Tensor, k: Tensor, rows: Tensor, sign: float, span: Tensor, rtol: float, atol: float,
-    order: int, unit: Unit | None,
+    field: Field, t: Tensor, y: Tensor, k: Tensor, rows: Tensor, sign: float, span: Tensor, allowed: Tolerance,
+    order: int,
 ) -> Tensor:  # fmt: skip
     """Hairer, Norsett and Wanner's starting step (section II.4), (B,)."""
-    scale = (atol + rtol * y.abs()) * (1.0 if unit is None else unit(t, rows))
+    scale = allowed(t, rows, y.abs())
     size, speed = _rms(y / scale), _rms(k / scale)
     guess = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed).nan_to_num(1e-6)
     guess = torch.minimum(guess, span)
