@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from nelbo import schedules
 from nelbo.networks import CNNEncoder, FlatUNet, PixelNoiseUNet, UNetEncoder
+from nelbo.parameterizations import velocity_from_epsilon
 
 __all__ = [
     "GROUPS",
     "Case",
     "Comparison",
+    "VelocityFromEpsilon",
     "build_encoder",
     "build_network",
     "build_schedule",
@@ -201,6 +203,17 @@ class Comparison:
         assert self.rows, f"{self.case.name}: nothing in it could be compared"
         left = sorted({key for key in self.case.arrays if key.startswith("out/")} - self.seen)
         assert not (complete and left), f"{self.case.name}: not compared: {', '.join(left)}"
+
+
+class VelocityFromEpsilon(nn.Module):
+    """A noise network read as a velocity network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor, gamma: Tensor, conditioning: Tensor | None) -> Tensor:
+        return velocity_from_epsilon(z, gamma, self.network(z, gamma, conditioning))
 
 
 def layer_names(parameters: Iterable[str], table: dict[str, str]) -> dict[str, str]:

@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from nelbo import latents, ode, pixels
 from nelbo.flow import Flow, log_prior
 from nelbo.model import DiffusionModel
-from nelbo.parameterizations import Noise, Velocity, velocity_from_epsilon
+from nelbo.parameterizations import Noise, Velocity
 from nelbo.paths import Straight, VariancePreserving
 from nelbo.schedules import Linear, Schedule
-from reference_cases import Case, Comparison, build_encoder, build_network, build_schedule, channels_first
+from reference_cases import (
+    Case,
+    Comparison,
+    VelocityFromEpsilon,
+    build_encoder,
+    build_network,
+    build_schedule,
+    channels_first,
+)
 
 __all__ = ["drift", "ode_likelihood"]
 
@@ -38,17 +46,6 @@ class Scaled(nn.Module):
 
     def forward(self, *inputs: Any) -> Tensor:
         return self.factor * self.network(*inputs)
-
-
-class VelocityFromEpsilon(nn.Module):
-    """A network of the noise, read as one of the velocity."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, z: Tensor, gamma: Tensor, conditioning: Tensor | None) -> Tensor:
-        return velocity_from_epsilon(z, gamma, self.network(z, gamma, conditioning))
 
 
 def build(case: Case, settings: dict[str, Any], shape: tuple[int, int, int], kind: str) -> DiffusionModel:

@@ -406,7 +406,10 @@ def test_log_density(name, kind, path, parameterization):
         assert torch.allclose(found.divergence, expected, atol=1e-5 * toy.dimensions)
 
 
-@pytest.mark.parametrize(("path", "parameterization"), [("vp", "velocity"), ("vp", "data"), ("straight", "velocity")])
+@pytest.mark.parametrize(
+    ("path", "parameterization"),
+    [("vp", "noise"), ("vp", "velocity"), ("vp", "data"), ("straight", "noise"), ("straight", "velocity")],
+)
 def test_log_density_with_the_prior(path, parameterization):
     """gamma from -30 to 30, where z_1 is N(0, I) to six digits on both paths: log N(z_1; 0, I) + divergence is the log
     density of the data itself, to 1e-5 per dimension."""

@@ -22,7 +22,7 @@ from nelbo import latents, objectives, optimizers, pixels, samplers, times
 from nelbo.config import OptimizerConfig
 from nelbo.model import DiffusionModel
 from nelbo.networks.layers import AttentionBlock, ResidualBlock, fourier_features, norm
-from nelbo.parameterizations import PARAMETERIZATIONS, velocity_from_epsilon
+from nelbo.parameterizations import PARAMETERIZATIONS
 from nelbo.paths import VariancePreserving
 from reference_cases import (
     ATTENTION,
@@ -30,6 +30,7 @@ from reference_cases import (
     GROUPS,
     Case,
     Comparison,
+    VelocityFromEpsilon,
     build_encoder,
     build_network,
     build_schedule,
@@ -185,17 +186,6 @@ def latent(case: Case, compare: Comparison) -> None:
         for name, ours, of_kl in zip(names, vjp, kl_grad, strict=True):
             compare(f"{v}vjp_{name}", ours, relative=1e-4)
             compare(f"{v}kl_grad_{name}", of_kl, relative=1e-4)
-
-
-class VelocityFromEpsilon(nn.Module):
-    """A noise network read as a velocity network."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, z: Tensor, gamma: Tensor, conditioning: Tensor | None) -> Tensor:
-        return velocity_from_epsilon(z, gamma, self.network(z, gamma, conditioning))
 
 
 GAMMA = {

@@ -239,9 +239,7 @@ def _by_ode(
         raise UserError(str(error)) from None
 
 
-def _tolerance(
-    model: DiffusionModel, images: np.ndarray, labels: np.ndarray | None, settings: Settings, result: BitsPerDim
-) -> Estimate:
+def _tolerance(model: DiffusionModel, images: np.ndarray, labels: np.ndarray | None, settings: Settings) -> Estimate:
     """What the tolerance costs: the figure less that of tolerances ten times as tight and a float64 state, the same
     first draws of the first images. Bits/dim."""
     n = min(RESOLVED, len(images))
@@ -306,7 +304,7 @@ def evaluate(
     unfinished = Unfinished(path.with_name(f".{path.stem}.npz"), key)
     result = figure(str(run), model, steps, unfinished)
     compared = None if other is None else figure(str(compare), *other, None)
-    tolerance = _table(_tolerance(model, images, labels, settings, result)) if settings.method == "ode" else None
+    tolerance = _table(_tolerance(model, images, labels, settings)) if settings.method == "ode" else None
     difference = None if compared is None else likelihood.compare(result, compared)
     record = {
         "bits_per_dim": _table(result.value),

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from nelbo import ode
 from nelbo.model import DiffusionModel
+from nelbo.paths import bisect
 
 __all__ = ["Flow", "Transport", "log_prior", "time_of"]
 
@@ -41,12 +42,11 @@ def log_prior(z: Tensor, scale: float) -> Tensor:
 
 def time_of(gamma: Callable[[Tensor], Tensor], level: float, like: Tensor) -> Tensor:
     """The time (B,) at which the mean over pixels of gamma(t) is ``level``, by bisection; an end where it never is."""
-    low, high = torch.zeros_like(like), torch.ones_like(like)
-    for _ in range(40):
-        middle = (low + high) / 2
-        below = gamma(middle).double().expand(len(like), -1, -1, -1).mean((1, 2, 3)) < level
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
+
+    def mean(t: Tensor) -> Tensor:
+        return gamma(t).double().expand(len(like), -1, -1, -1).mean((1, 2, 3))
+
+    return bisect(mean, torch.full_like(like, level), torch.zeros_like(like), torch.ones_like(like))
 
 
 @dataclass(frozen=True)

@@ -271,10 +271,10 @@ def ode(
 
     ``dequantization``: truncated-normal, uniform or variational; ``samples`` K and ``replicates`` R; ``trace``: exact,
     or Hutchinson's with ``probes`` rademacher or gaussian ones, averaged; ``rtol``, ``atol``, ``method`` of the solver
-    (ode.py), tolerances per entry of the state and, for the log-density, in nats per dimension; ``double``: a float64
-    state; ``batch``, solves at once. ``table`` (``ode_table``): draws that are in it already are not solved again, and
-    it is filled in place; ``save(table)`` is called after every batch. ``progress(images done, bits/dim so far)``.
-    Units: bits/dim. Raises SolverError where a solve fails.
+    (ode.py), tolerances of a pixel in units of the noise there (flow.py) and, for the log-density, in nats per
+    dimension; ``double``: a float64 state; ``batch``, solves at once. ``table`` (``ode_table``): draws that are in it
+    already are not solved again, and it is filled in place; ``save(table)`` is called after every batch.
+    ``progress(images done, bits/dim so far)``. Units: bits/dim. Raises SolverError where a solve fails.
     """
     if samples < 1 or replicates < 1 or probes < 1:
         raise ValueError(f"samples, replicates and probes must be at least 1, got {samples}, {replicates}, {probes}")
@@ -317,7 +317,8 @@ def ode(
             if progress is not None:
                 whole = ~np.isnan(table["prior"]).any((1, 2))
                 done = int(whole.sum())
-                so_far = float(_figures(table, samples)[0][whole].mean()) if done else math.nan
+                solved = {name: values[whole] for name, values in table.items()}
+                so_far = float(_figures(solved, samples)[0].mean()) if done else math.nan
                 progress(done, float(pixels.bits_per_dim(so_far, model.dimensions)))
     finally:
         model.train(training)
@@ -362,16 +363,11 @@ def _figures(table: dict[str, np.ndarray], samples: int) -> tuple[np.ndarray, di
     else:
         terms |= {"dequantization": table["log_q"], "latent": -table["log_weight"]}
     costs = np.sum(list(terms.values()), 0)
-    figure = math.log(samples) - _log_sum_exp(-costs)
+    figure = math.log(samples) - np.logaddexp.reduce(-costs, 2)
     means = {name: value.mean(2) for name, value in terms.items()}
     if samples > 1:
         means["weighting"] = figure - costs.mean(2)
     return figure, means
-
-
-def _log_sum_exp(values: np.ndarray) -> np.ndarray:
-    most = values.max(2, keepdims=True)
-    return (most + np.log(np.exp(values - most).sum(2, keepdims=True)))[..., 0]
 
 
 @torch.no_grad()

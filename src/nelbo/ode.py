@@ -117,9 +117,9 @@ def solve(
     times t (A,) float64 and states y (A, ...) of the examples ``rows`` (A,); ``rows`` is the same object as long as the
     same examples are at work. ``quadrature``: integrate q too, from 0, its error held below the same tolerances.
     ``tolerance(t, rows, |y|)``: that of the state in equation (2), shaped as it, from the beginning of a step, in place
-    of atol + rtol |y|; a quadrature keeps its own. ``first_step``: |h| to begin with, by default
-    estimated at the price of one evaluation. ``max_steps``: steps tried, per example. Nothing is raised where an
-    example fails: see ``Solution.status``.
+    of atol + rtol |y|; a quadrature keeps its own. ``first_step``: |h| to begin with, by default estimated at the price
+    of one evaluation. ``max_steps``: steps tried, per example. Nothing is raised where an example fails: see
+    ``Solution.status``.
     """
     tableau, n, device = METHODS[method], len(y), y.device
     if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
