@@ -61,7 +61,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """The queue, in the order in which it is worked off: the main comparison first."""
+    """The queue, in the order in which it is worked off: the main comparison first, the photographs last."""
     queue = [Entry(f"{n}-digits", f"{n}-digits", tuple(DIGITS), s, True) for s in SEEDS for n in MAIN]
     for seed in SEEDS:
         queue += [Entry(name, preset, (*DIGITS, *changes.split()), seed) for name, preset, changes in FOLLOW_UPS]
@@ -71,8 +71,7 @@ def entries() -> list[Entry]:
                 Entry(name, preset, (*DIGITS, *changes.split()), seed, start=(preset, tuple(DIGITS)) if tuned else None)
                 for name, preset, changes, tuned in BEYOND
             ]
-            queue += [Entry(f"{n}-photos32", f"{n}-photos32", tuple(PHOTOS), seed) for n in MAIN]
-    return queue
+    return queue + [Entry(f"{n}-photos32", f"{n}-photos32", tuple(PHOTOS), 0) for n in MAIN]
 
 
 # What follows from the main comparison (see docs/experiments.md): name, preset, changed fields.

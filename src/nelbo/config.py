@@ -35,8 +35,8 @@ class DataConfig:
 
     source: str = "digits"
     """A built-in data set (digits, photos32), a .npy or .npz file of uint8 images, or a folder of image files."""
-    augment: Literal["none", "flip", "vdm"] = "none"
-    """Changes to training images: horizontal flips, or VDM's flips, quarter turns and channel swaps."""
+    augment: Literal["none", "flip", "turn", "vdm"] = "none"
+    """Changes to training images: horizontal flips; i-DODE's flips and quarter turns; VDM's, with channel swaps too."""
 
 
 @dataclass(frozen=True)

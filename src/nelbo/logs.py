@@ -72,4 +72,4 @@ class Log:
             self.events.close()
 
 
-CURVES = ("learning_rate", "images_per_second", "gradient_norm")
+CURVES = ("learning_rate", "images_per_second", "gradient_norm", "second_order")

@@ -84,11 +84,11 @@ def _mulan(base: Config, **changes: object) -> Config:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def _augmented(base: Config) -> Config:
+def _augmented(base: Config, augment: Literal["turn", "vdm"]) -> Config:
     """The papers' augmented CIFAR-10: 256 channels, attention everywhere, dropout 0.05, batch 1024."""
     return replace(
         base,
-        data=replace(base.data, augment="vdm"),
+        data=replace(base.data, augment=augment),
         network=replace(base.network, channels=256, attention="everywhere", dropout=0.05, flag=True),
         training=replace(base.training, batch=1024),
     )
@@ -225,7 +225,7 @@ def vdm_cifar10() -> Config:
 
 def vdm_cifar10_aug() -> Config:
     """VDM, augmented CIFAR-10 (2.49): monotone network, 256 channels, attention everywhere, batch 1024."""
-    base = _vdm(_augmented(_cifar10()))
+    base = _vdm(_augmented(_cifar10(), "vdm"))
     return replace(base, schedule=replace(base.schedule, kind="monotone", width=1024))
 
 
@@ -266,12 +266,12 @@ def idode_sp_cifar10() -> Config:
 
 def idode_vp_cifar10_aug() -> Config:
     """i-DODE, augmented CIFAR-10, VP (2.42 by ODE on the better path): attention everywhere, batch 1024."""
-    return _idode(_augmented(_cifar10()), "vp", steps=1_950_000)
+    return _idode(_augmented(_cifar10(), "turn"), "vp", steps=1_950_000)
 
 
 def idode_sp_cifar10_aug() -> Config:
     """i-DODE, augmented CIFAR-10, straight path."""
-    return _idode(_augmented(_cifar10()), "straight", steps=1_950_000)
+    return _idode(_augmented(_cifar10(), "turn"), "straight", steps=1_950_000)
 
 
 def idode_vp_imagenet32_old() -> Config:

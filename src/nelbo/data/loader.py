@@ -42,9 +42,9 @@ class Batches:
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise UserError(f"data.augment must be one of {', '.join(AUGMENTATIONS)}, got {augment!r}")
-        if augment == "vdm" and images.shape[2] != images.shape[3]:
+        if augment in ("turn", "vdm") and images.shape[2] != images.shape[3]:
             raise UserError(
-                "data.augment = vdm turns images and needs square ones, "
+                f"data.augment = {augment} turns images and needs square ones, "
                 f"got {images.shape[2]}x{images.shape[3]}; the choices are none and flip"
             )
         if batch < 1:
@@ -95,17 +95,23 @@ def flip(images: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return images, flipped
 
 
-def vdm(images: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """VDM's augmentation of CIFAR-10, as in its public code: flip, then quarter turns, then channels.
-
-    Each happens with probability 1/2: the flip; 1, 2 or 3 quarter turns, equally likely; for three channels, one of
-    their six orders, equally likely. One of the six changes nothing and on its own is not flagged (public VDM does).
-    """
+def turn(images: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """i-DODE's augmentation of CIFAR-10, as in its public code: flip, then with probability 1/2 a turn by 1, 2 or 3
+    quarters, equally likely."""
     images, changed = flip(images, words)
     turns = np.where(words[:, 1] % 2 == 1, 1 + words[:, 1] // 2 % 3, 0)
     for k in (1, 2, 3):
         images[turns == k] = np.rot90(images[turns == k], k, axes=(2, 3))
-    changed = changed | (turns > 0)
+    return images, changed | (turns > 0)
+
+
+def vdm(images: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """VDM's augmentation of CIFAR-10, as in its public code: flips and turns, then with probability 1/2 the channels.
+
+    Three channels take one of their six orders, equally likely. One of the six changes nothing and on its own is not
+    flagged (public VDM does).
+    """
+    images, changed = turn(images, words)
     if images.shape[1] == 3:
         orders = np.array(list(permutations(range(3))))  # the first is the identity
         order = np.where(words[:, 2] % 2 == 1, words[:, 2] // 2 % 6, 0)
@@ -118,5 +124,6 @@ def vdm(images: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 AUGMENTATIONS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "none": none,
     "flip": flip,
+    "turn": turn,
     "vdm": vdm,
 }
