@@ -41,6 +41,7 @@ ABLATIONS = (
     "mulan-one-hot", "mulan-gaussian", "mulan-paper", "mulan-pixel-noise",
 )  # fmt: skip
 STEPS = (10, 25, 50, 100, 250, 500, 1000)
+STARTING = threading.Lock()  # two entries may begin with the same run, which one of them trains
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,9 @@ def carry_out(entry: Entry) -> dict[str, Any]:
     begin: tuple[str, ...] = ()
     if entry.start is not None:
         preset, overrides = entry.start
-        first = (
-            RUNS / f"{preset}-seed{entry.seed}"
-        )  # the run of the main comparison, or of i-DODE; trained if not there
-        _nelbo(log, "train", preset, "--out", str(first), *seed, *overrides)
+        first = RUNS / f"{preset}-seed{entry.seed}"  # of the main comparison, or of i-DODE; trained if not there
+        with STARTING:
+            _nelbo(log, "train", preset, "--out", str(first), *seed, *overrides)
         begin = ("--init-from", str(first))
     _nelbo(log, "train", entry.preset, "--out", str(run), *seed, *entry.overrides, *begin)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

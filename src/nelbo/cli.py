@@ -85,12 +85,16 @@ class Evaluate:
     """ode: Hutchinson probes, whose figure is an estimate, or the exact trace, a bound; C H W times the work."""
     probes: int = 1
     """ode: probes averaged in every solve."""
-    rtol: float = 3e-4
+    rtol: float = 1e-3
     """ode: relative tolerance per pixel, in units of the noise there, and of the log-density per dimension."""
-    atol: float = 3e-4
+    atol: float = 1e-3
     """ode: absolute tolerance per pixel, in units of the noise there, and of the log-density in nats per dimension."""
-    solver: Literal["bosh3", "dopri5"] = "bosh3"
-    """ode: the Runge-Kutta pair, Bogacki-Shampine 3(2) or Dormand-Prince 5(4)."""
+    solver: Literal["adams4", "bosh3", "dopri5"] = "adams4"
+    """ode: Adams' method with 4 evaluations remembered; the Runge-Kutta pairs Bogacki-Shampine 3(2), Dormand-Prince
+    5(4)."""
+    least_steps: int | None = None
+    """ode: steps over the unit interval at least; by default 224 for adams4, more than the network's embedding of time
+    has waves, and as many as the tolerance asks for with the others."""
     state: Literal["float32", "float64"] = "float32"
     """ode: precision of the state; the network's is float32."""
     compare: Path | None = None

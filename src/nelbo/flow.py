@@ -18,6 +18,12 @@ whose diagonal part costs no variance where e is +-1. A probe is fixed along a s
 in which the linear part A z is gone: it is solved exactly by m (d log m/d gamma = A), and contributes to (4) the
 difference of sum_i log m_i between the ends. Errors of z = m w are measured in units of sigma, the noise at that time:
 what the network sees of an error is its size beside sigma, which near the data is a thousandth of what it is at t = 1.
+
+How many steps. The network sees t through sines of up to 1000 rad (networks/layers.py, equation 1), 159 waves in
+[0, 1], and a trained network answers to them: the field and its divergence carry waves along that are small, fast and
+of no consequence in the mean. N equal steps of a method that weighs every step alike sum a wave of n periods to
+nothing, unless n lies near a multiple of N: then they take it for a slow one. So N must keep clear of 159 and of what
+lies below. N = 224, for which the fastest wave looks like one of 65 periods, is what an Adams method takes at least.
 """
 
 import math
@@ -32,7 +38,9 @@ from nelbo import ode
 from nelbo.model import DiffusionModel
 from nelbo.paths import bisect
 
-__all__ = ["Flow", "Transport", "log_prior", "time_of"]
+__all__ = ["LEAST_STEPS", "Flow", "Transport", "log_prior", "time_of"]
+
+LEAST_STEPS = {"adams4": 224}  # over the unit interval; other methods take as many as their error asks for
 
 
 def log_prior(z: Tensor, scale: float) -> Tensor:
@@ -153,12 +161,14 @@ class Flow:
         rtol: float = 1e-5,
         atol: float = 1e-5,
         method: str = "dopri5",
+        least_steps: int | None = None,
         **solver: Any,
     ) -> Transport:
         """The flow from z (B, C, H, W) at t_0 (a number, or (B,)) to t_1, the network in evaluation mode.
 
-        An entry's tolerance is sigma (atol + rtol |z|), the log-density's, per dimension, atol + rtol of its size;
-        ``solver``: more options of ``ode.solve``.
+        An entry's tolerance is sigma (atol + rtol |z|), the log-density's, per dimension, atol + rtol of its size.
+        ``least_steps`` over the unit interval, by default those of LEAST_STEPS; ``solver``: more options of
+        ``ode.solve``.
         """
         dimensions = z[0].numel()
         begin, end = (torch.as_tensor(t, dtype=torch.float64, device=z.device).expand(len(z)) for t in (t_0, t_1))
@@ -172,12 +182,13 @@ class Flow:
             sigma, m = self.noise(t, rows)
             return sigma * (atol / m + rtol * size)
 
+        least_steps = LEAST_STEPS.get(method, 1) if least_steps is None else least_steps
         training = self.model.training
         self.model.eval()
         try:
             solution = ode.solve(
                 field, z / m_0, t_0, t_1, rtol=rtol, atol=atol, method=method, quadrature=divergence,
-                tolerance=tolerance, **solver,
+                tolerance=tolerance, longest_step=1 / least_steps, **solver,
             )  # fmt: skip
         finally:
             self.model.train(training)

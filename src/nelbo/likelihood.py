@@ -34,7 +34,7 @@ from torch import Tensor
 
 from nelbo import objectives, pixels, times
 from nelbo.draws import Draws
-from nelbo.flow import Flow, log_prior, time_of
+from nelbo.flow import LEAST_STEPS, Flow, log_prior, time_of
 from nelbo.latents import PaperKHot
 from nelbo.model import DiffusionModel
 
@@ -257,9 +257,10 @@ def ode(
     replicates: int = 2,
     trace: str = "rademacher",
     probes: int = 1,
-    rtol: float = 3e-4,
-    atol: float = 3e-4,
-    method: str = "bosh3",
+    rtol: float = 1e-3,
+    atol: float = 1e-3,
+    method: str = "adams4",
+    least_steps: int | None = None,
     double: bool = False,
     seed: int = 0,
     batch: int = 64,
@@ -271,13 +272,16 @@ def ode(
 
     ``dequantization``: truncated-normal, uniform or variational; ``samples`` K and ``replicates`` R; ``trace``: exact,
     or Hutchinson's with ``probes`` rademacher or gaussian ones, averaged; ``rtol``, ``atol``, ``method`` of the solver
-    (ode.py), tolerances of a pixel in units of the noise there (flow.py) and, for the log-density, in nats per
-    dimension; ``double``: a float64 state; ``batch``, solves at once. ``table`` (``ode_table``): draws that are in it
-    already are not solved again, and it is filled in place; ``save(table)`` is called after every batch.
-    ``progress(images done, bits/dim so far)``. Units: bits/dim. Raises SolverError where a solve fails.
+    (ode.py), tolerances of a pixel in units of the noise there and, for the log-density, in nats per dimension, and
+    ``least_steps`` over the unit interval (flow.py); ``double``: a float64 state; ``batch``, solves at once. ``table``
+    (``ode_table``): draws that are in it already are not solved again, and it is filled in place; ``save(table)`` is
+    called after every batch. ``progress(images done, bits/dim so far)``. Units: bits/dim. Raises SolverError where a
+    solve fails.
     """
     if samples < 1 or replicates < 1 or probes < 1:
         raise ValueError(f"samples, replicates and probes must be at least 1, got {samples}, {replicates}, {probes}")
+    if least_steps is not None and least_steps < 1:
+        raise ValueError(f"least_steps must be at least 1, got {least_steps}")
     if trace not in ("exact", "rademacher", "gaussian"):
         raise ValueError(f"trace must be exact, rademacher or gaussian, got {trace!r}")
     images = torch.as_tensor(images)
@@ -307,7 +311,7 @@ def ode(
                 trace=trace,
                 probes=probes,
                 dtype=torch.float64 if double else torch.float32,
-                solver={"rtol": rtol, "atol": atol, "method": method},
+                solver={"rtol": rtol, "atol": atol, "method": method, "least_steps": least_steps},
             )
             found["seconds"] = np.full(len(rows), (time.perf_counter() - begun) / len(rows))
             for name in DRAW:
@@ -342,6 +346,7 @@ def ode(
             "rtol": rtol,
             "atol": atol,
             "solver": method,
+            "least_steps": least_steps or LEAST_STEPS.get(method, 1),
             "double": double,
             "seed": seed,
             "batch": batch,

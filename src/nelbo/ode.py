@@ -1,44 +1,45 @@
-r"""Initial value problems dy/dt = f(t, y) by explicit Runge-Kutta pairs, each example by its own error.
+r"""Initial value problems dy/dt = f(t, y), each example by its own error and with its own steps.
 
-    (1)  k_i = f(t + c_i h, y + h sum_{j<i} a_ij k_j),     y <- y + h sum_i b_i k_i
-    (2)  E   = max over the parts of |h sum_i e_i k_i / tolerance|_rms,     tolerance = atol + rtol max(|y|, |y_new|)
-    (3)  accepted where E <= 1;     h <- h min(10, max(1/5, 0.9 E^(-0.7/p) E_before^(0.4/p))),   p the pair's order
-         rejected otherwise;      h <- h max(1/5, 0.9 E^(-1/p))
+A method tries a step from t by h and says what error it may have made; then
+
+    (1)  E = max over the parts of |error / tolerance|_rms,     tolerance = atol + rtol max(|y|, |y_new|)
+    (2)  accepted where E <= 1:     h <- h min(G, max(S, 0.9 E^(-0.7/p) E_before^(0.4/p))),     p from E ~ h^p
+         rejected otherwise:        h <- h max(S, 0.9 E^(-1/p))
+
+Runge-Kutta pairs evaluate the field at several stages of a step (Hairer, Norsett and Wanner, section II.4),
+
+    (3)  k_i = f(t + c_i h, y + h sum_{j<i} a_ij k_j),     y_new = y + h sum_i b_i k_i,     error = h sum_i e_i k_i
+
+Adams methods evaluate it once and remember the last n evaluations f_0, f_1, ... at t_0 = t, t_1, ... With
+I(g; s) = the integral over the step of the polynomial that has the values g at the times s (section III.5),
+
+    (4)  y_p   = y + I(f_0 .. f_{n-1}; t_0 .. t_{n-1}),      f_p = f(t + h, y_p)                     predict, evaluate
+    (5)  y_new = y + I(f_p, f_0 .. f_{n-1}; t + h, t_0 .. t_{n-1}),     error = what f_{n-1} adds to it         correct
+
+and f_p is what the next step remembers as f_0. Over many steps every evaluation weighs as much as its share of the
+time, so that what is too fast for the steps averages out; a pair of high order weighs its stages unevenly and magnifies
+it.
 
 The step, the error and the decision belong to one example, so its result does not depend on the batch that it was in.
 Examples that are through leave the batch: they cost no further evaluations. Time and step are float64; the state keeps
 its own precision.
 
 Beside the state there may be a quadrature q, dq/dt = g(t, y), which nothing depends on: its integrand is not asked for
-where the pair gives it no weight (the second of Dormand and Prince's seven stages).
+where a pair gives it no weight (the second of Dormand and Prince's seven stages).
 """
 
-from collections.abc import Callable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["METHODS", "Solution", "Tableau", "solve"]
+__all__ = ["METHODS", "Adams", "Method", "Solution", "Tableau", "solve"]
 
 Field = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 Tolerance = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Tableau:
-    """An embedded pair: nodes c, stages a, weights b, error weights e = b - b_hat, and p of equation (3).
-
-    ``order`` of the solution that is kept; the error estimate's is one less. The last stage must be the first of the
-    next step: its row of a is b (first same as last).
-    """
-
-    order: int
-    c: tuple[float, ...]
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    e: tuple[float, ...]
-
 
 SUCCESS, STEP_LIMIT, STEP_TOO_SMALL, NOT_FINITE = range(4)
 ADVICE = {
@@ -81,19 +82,156 @@ class Solution:
         return f"{len(bad)} of {len(self.status)} examples stopped early ({where}): {why}"
 
 
+@dataclass(frozen=True)
+class Past:
+    """The last evaluations, newest first, each (A, ...): times t, fields k, integrands g (empty without a quadrature).
+
+    ``count`` (A,) of them are an example's own; what follows is not looked at.
+    """
+
+    t: tuple[Tensor, ...]
+    k: tuple[Tensor, ...]
+    g: tuple[Tensor, ...]
+    count: Tensor
+
+    def of(self, stay: Tensor) -> "Past":
+        """That of the examples ``stay``."""
+        t, k, g = (tuple(v[stay] for v in values) for values in (self.t, self.k, self.g))
+        return Past(t, k, g, self.count[stay])
+
+    def then(self, good: Tensor, t: Tensor, k: Tensor, g: Tensor | None) -> "Past":
+        """With one more evaluation, the oldest forgotten, for the examples that are ``good`` (A,)."""
+
+        def pushed(new: Tensor, old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            chosen = _column(good, new).bool()
+            return tuple(torch.where(chosen, a, b) for a, b in zip((new, *old), old, strict=False))
+
+        count = torch.where(good, (self.count + 1).clamp(max=len(self.t)), self.count)
+        return Past(pushed(t, self.t), pushed(k, self.k), () if g is None else pushed(g, self.g), count)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A step tried. y (A, ...) after it, and its error; gain (A,) of the quadrature, and the error of that; field and
+    integrand there, for the past; order (A,), the p of equation (2)."""
+
+    y: Tensor
+    error: Tensor
+    gain: Tensor | None
+    gain_error: Tensor | None
+    k: Tensor
+    g: Tensor | None
+    order: Tensor
+
+
+class Method(ABC):
+    """How a step is tried.
+
+    ``order`` of the solution that is kept, at its highest, and ``first_order``, that of the first step; ``cost``,
+    evaluations of a step; ``memory``, evaluations remembered; ``bounds``, S and G of equation (2).
+    """
+
+    order: int
+    first_order: int
+    cost: int
+    memory: int
+    bounds: tuple[float, float]
+
+    @abstractmethod
+    def attempt(self, field: Field, y: Tensor, h: Tensor, rows: Tensor, past: Past, quadrature: bool) -> Trial:
+        """A step by h (A,), with its sign, from y (A, ...) at the time past.t[0]."""
+
+
+class Tableau(Method):
+    """An embedded pair, equation (3): nodes c, stages a, weights b, error weights e = b - b_hat, and its order p.
+
+    ``order`` of the solution that is kept; the error estimate's is one less. The last stage must be the first of the
+    next step: its row of a is b (first same as last).
+    """
+
+    memory, bounds = 1, (0.2, 10.0)
+
+    def __init__(
+        self,
+        order: int,
+        c: Sequence[float],
+        a: Sequence[Sequence[float]],
+        b: Sequence[float],
+        e: Sequence[float],
+    ) -> None:
+        self.order = self.first_order = order
+        self.c, self.a, self.b, self.e = c, a, b, e
+        self.cost = len(c) - 1
+
+    def attempt(self, field: Field, y: Tensor, h: Tensor, rows: Tensor, past: Past, quadrature: bool) -> Trial:
+        t = past.t[0]
+        k: list[Tensor | None] = [past.k[0]]
+        g: list[Tensor | None] = [past.g[0] if quadrature else None]
+
+        def combined(weights: Sequence[float], values: list[Tensor | None]) -> Tensor:
+            terms = [w * v for w, v in zip(weights, values, strict=False) if w and v is not None]
+            return _column(h, terms[0]) * sum(terms[1:], terms[0])
+
+        y_i = y
+        for i in range(1, len(self.c)):
+            y_i = y + combined(self.a[i], k)
+            asked = quadrature and (self.b[i] != 0 or self.e[i] != 0)
+            k_i, g_i = field(t + self.c[i] * h, y_i, rows, asked)
+            k.append(k_i)
+            g.append(g_i if asked else None)
+        gain, gain_error = (combined(self.b, g), combined(self.e, g)) if quadrature else (None, None)
+        order = torch.full_like(t, float(self.order))
+        return Trial(y_i, combined(self.e, k), gain, gain_error, k_i, g[-1], order)
+
+
+class Adams(Method):
+    """Equations (4) and (5) with up to ``memory`` evaluations remembered: orders from 2, at the first step, to
+    memory + 1."""
+
+    cost, first_order, bounds = 1, 2, (0.5, 2.0)
+
+    def __init__(self, memory: int) -> None:
+        self.memory, self.order = memory, memory + 1
+
+    def attempt(self, field: Field, y: Tensor, h: Tensor, rows: Tensor, past: Past, quadrature: bool) -> Trial:
+        t, n = past.t[0], past.count
+        times = torch.stack(past.t, 1) - t[:, None]
+        k, g = field(t + h, y + _weighted(_integral(times, n, h), past.k), rows, quadrature)
+        times = torch.cat([h[:, None], times], 1)
+        better = _integral(times, n + 1, h)
+        added = better - _integral(times, n, h)
+        fields, gain, gain_error = (k, *past.k), None, None
+        if g is not None:
+            gain, gain_error = (_weighted(w, (g, *past.g)) for w in (better, added))
+        return Trial(y + _weighted(better, fields), _weighted(added, fields), gain, gain_error, k, g, n + 1.0)
+
+
+def _integral(times: Tensor, count: Tensor, h: Tensor) -> Tensor:
+    """The weights (A, N) that integrate, from 0 to h (A,), every polynomial given by its values at the first ``count``
+    (A,) of the times (A, N); 0 for the others. They solve sum_i w_i s_i^m = h^(m+1)/(m+1), m = 0 .. count - 1."""
+    size = times.shape[1]
+    powers = torch.arange(size, device=times.device)
+    used = powers < count[:, None]  # (A, N)
+    unit = torch.where(used, times, 0.0).abs().amax(1).clamp(min=1e-300).maximum(h.abs())[:, None]
+    both = used[:, :, None] & used[:, None, :]
+    matrix = torch.where(both, (times / unit)[:, None, :] ** powers[:, None], torch.eye(size).to(times))
+    right = torch.where(used, (h[:, None] / unit) ** (powers + 1) / (powers + 1), 0.0)
+    return unit * torch.linalg.solve(matrix, right)
+
+
+def _weighted(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """sum_i w_i v_i for weights (A, N) and N values (A, ...)."""
+    terms = [_column(w, v) * v for w, v in zip(weights.T, values, strict=False)]
+    return sum(terms[1:], terms[0])
+
+
 def _rms(values: Tensor) -> Tensor:
     return values.double().flatten(1).square().mean(1).sqrt()
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as a factor of ``like``."""
+    """(A,) as a factor of ``like`` (A, ...)."""
     return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _combine(y: Tensor, h: Tensor, weights: tuple[float, ...], stages: list[Tensor | None]) -> Tensor:
-    """y + h sum_i w_i k_i, (B, ...)."""
-    terms = [w * k for w, k in zip(weights, stages, strict=False) if w and k is not None]
-    return y + _column(h, y) * sum(terms[1:], terms[0])
 
 
 @torch.no_grad()
@@ -109,6 +247,7 @@ def solve(
     quadrature: bool = False,
     tolerance: Tolerance | None = None,
     first_step: float | None = None,
+    longest_step: float = math.inf,
     max_steps: int = 1000,
 ) -> Solution:
     """Integrate y (B, ...) from t_0, a number or one per example (B,), to t_1, in either direction.
@@ -116,14 +255,16 @@ def solve(
     ``field(t, y, rows, integrand)`` gives dy/dt shaped as y and dq/dt (B,), which may be None unless ``integrand``, for
     times t (A,) float64 and states y (A, ...) of the examples ``rows`` (A,); ``rows`` is the same object as long as the
     same examples are at work. ``quadrature``: integrate q too, from 0, its error held below the same tolerances.
-    ``tolerance(t, rows, |y|)``: that of the state in equation (2), shaped as it, from the beginning of a step, in place
+    ``tolerance(t, rows, |y|)``: that of the state in equation (1), shaped as it, from the beginning of a step, in place
     of atol + rtol |y|; a quadrature keeps its own. ``first_step``: |h| to begin with, by default estimated at the price
-    of one evaluation. ``max_steps``: steps tried, per example. Nothing is raised where an example fails: see
-    ``Solution.status``.
+    of one evaluation; ``longest_step``, the largest |h|. ``max_steps``: steps tried, per example. Nothing is raised
+    where an example fails: see ``Solution.status``.
     """
-    tableau, n, device = METHODS[method], len(y), y.device
+    way, n, device = METHODS[method], len(y), y.device
     if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
         raise ValueError(f"rtol and atol must be 0 or more and not both 0, got {rtol} and {atol}")
+    if not longest_step > 0:
+        raise ValueError(f"longest_step must be above 0, got {longest_step}")
     t = torch.as_tensor(t_0, dtype=torch.float64, device=device).expand(n).clone()
     sign, span = (1.0 if float((t_1 - t).sum()) >= 0 else -1.0), (t_1 - t).abs()
     if bool((sign * (t_1 - t) < 0).any()):
@@ -152,19 +293,20 @@ def solve(
     smallest = 64 * torch.finfo(torch.float64).eps * t.abs().clamp(min=abs(t_1))
     q = torch.zeros_like(t)
     evaluations, accepted, rejected = (torch.zeros_like(rows) for _ in range(3))
-    k_0, g_0 = field(t, y, rows, quadrature)
+    k, g = field(t, y, rows, quadrature)
+    past = Past((t,) * way.memory, (k,) * way.memory, () if g is None else (g,) * way.memory, torch.ones_like(rows))
     evaluations += 1
     if first_step is None:
-        h = _first_step(field, t, y, k_0, rows, sign, span, allowed, tableau.order)
+        h = _first_step(field, t, y, k, rows, sign, span, allowed, way.first_order)
         evaluations += 1
     else:
         h = span.clamp(max=abs(first_step))
+    h = h.clamp(max=longest_step)
     before = torch.ones_like(t)  # E of the last accepted step
     failed = torch.zeros_like(rows, dtype=torch.bool)  # the last try was rejected
-    finite = torch.isfinite(_rms(k_0))
+    finite = torch.isfinite(_rms(k))
     status = torch.where(finite, SUCCESS, NOT_FINITE)
     ended = ~finite
-    stages = len(tableau.c)
     while True:
         if bool(ended.any()):
             gone, stay = ended.nonzero()[:, 0], (~ended).nonzero()[:, 0]
@@ -178,43 +320,29 @@ def solve(
                 out.quadrature[at] = q[gone]
             if not len(stay):
                 return out
-            rows, y, t, q, h, before, failed, k_0, smallest = (
-                v[stay] for v in (rows, y, t, q, h, before, failed, k_0, smallest)
-            )
+            rows, y, t, q, h, before, failed, smallest = (v[stay] for v in (rows, y, t, q, h, before, failed, smallest))
             evaluations, accepted, rejected = (v[stay] for v in (evaluations, accepted, rejected))
-            g_0 = None if g_0 is None else g_0[stay]
+            past = past.of(stay)
         left = sign * (t_1 - t)
         last = h >= left * (1 - 1e-12)
         step = sign * torch.where(last, left, h)
-        k: list[Tensor | None] = [k_0]
-        g: list[Tensor | None] = [g_0]
-        y_i = y
-        for i in range(1, stages):
-            y_i = _combine(y, step, tableau.a[i], k)
-            asked = quadrature and (tableau.b[i] != 0 or tableau.e[i] != 0)
-            k_i, g_i = field(t + tableau.c[i] * step, y_i, rows, asked)
-            k.append(k_i)
-            g.append(g_i if asked else None)
-        evaluations = evaluations + (stages - 1)
-        q_new = _combine(q, step, tableau.b, g) if quadrature else q
-        e_q = _combine(torch.zeros_like(q), step, tableau.e, g) if quadrature else None
-        y_new, k_last, g_last = y_i, k_i, g_i
-        error = error_norm(_combine(torch.zeros_like(y), step, tableau.e, k), y, y_new, e_q, q, q_new)
-        sane = torch.isfinite(error + _rms(y_new) + _rms(k_last))
+        trial = way.attempt(field, y, step, rows, past, quadrature)
+        evaluations = evaluations + way.cost
+        q_new = q if trial.gain is None else q + trial.gain
+        error = error_norm(trial.error, y, trial.y, trial.gain_error, q, q_new)
+        sane = torch.isfinite(error + _rms(trial.y) + _rms(trial.k))
         error = torch.where(sane, error, torch.inf)
         good = error <= 1
-        # Equation (3); a step after a rejected one does not grow.
-        p = float(tableau.order)
-        steady = error.clamp(min=1e-10) ** (-0.7 / p) * before ** (0.4 / p)
-        proposed = 0.9 * torch.where(good, steady, error ** (-1 / p))
-        factor = proposed.clamp(0.2, 10.0)
+        # Equation (2); a step after a rejected one does not grow.
+        steady = error.clamp(min=1e-10) ** (-0.7 / trial.order) * before ** (0.4 / trial.order)
+        factor = (0.9 * torch.where(good, steady, error ** (-1 / trial.order))).clamp(*way.bounds)
         factor = torch.where(good & failed | ~good, factor.clamp(max=1.0), factor)
-        h = torch.where(good & last, h, step.abs() * factor)
+        h = torch.where(good & last, h, (step.abs() * factor).clamp(max=longest_step))
         before = torch.where(good, error.clamp(min=1e-4), before)
         accepted, rejected, failed = accepted + good, rejected + ~good, ~good
         t = torch.where(good, torch.where(last, torch.full_like(t, t_1), t + step), t)
-        chosen = _column(good, y).bool()
-        y, q = torch.where(chosen, y_new, y), torch.where(good, q_new, q)
+        y, q = torch.where(_column(good, y).bool(), trial.y, y), torch.where(good, q_new, q)
+        past = past.then(good, t, trial.k, trial.g)
         ended = good & last
         status = torch.zeros_like(accepted)
         for why, condition in (
@@ -224,8 +352,6 @@ def solve(
         ):
             status = torch.where(condition & ~ended, why, status)
         ended = ended | (status != SUCCESS)
-        k_0 = torch.where(chosen, k_last, k_0)
-        g_0 = torch.where(good, g_last, g_0) if g_0 is not None and g_last is not None else None
 
 
 def _first_step(
@@ -244,7 +370,9 @@ def _first_step(
     return torch.minimum(torch.minimum(100 * guess, step).nan_to_num(1e-6), span)
 
 
-METHODS: dict[str, Tableau] = {
+METHODS: dict[str, Method] = {
+    # Adams of order 5.
+    "adams4": Adams(4),
     # Bogacki and Shampine 3(2): fewest evaluations at loose tolerances.
     "bosh3": Tableau(
         3,
