@@ -64,14 +64,12 @@ class Entry:
 def entries() -> list[Entry]:
     """The queue, in the order in which it is worked off: the main comparison first, the photographs last."""
     queue = [Entry(f"{n}-digits", f"{n}-digits", tuple(DIGITS), s, True) for s in SEEDS for n in MAIN]
-    for seed in SEEDS:
-        queue += [Entry(name, preset, (*DIGITS, *changes.split()), seed) for name, preset, changes in FOLLOW_UPS]
-        queue += [Entry(f"{n}-digits", f"{n}-digits", tuple(DIGITS), seed) for n in ABLATIONS]
-        if seed == 0:
-            queue += [
-                Entry(name, preset, (*DIGITS, *changes.split()), seed, start=(preset, tuple(DIGITS)) if tuned else None)
-                for name, preset, changes, tuned in BEYOND
-            ]
+    queue += [Entry(name, preset, (*DIGITS, *changes.split()), 0) for name, preset, changes in FOLLOW_UPS]
+    queue += [
+        Entry(name, preset, (*DIGITS, *changes.split()), 0, start=(preset, tuple(DIGITS)) if tuned else None)
+        for name, preset, changes, tuned in BEYOND
+    ]
+    queue += [Entry(f"{n}-digits", f"{n}-digits", tuple(DIGITS), seed) for seed in SEEDS for n in ABLATIONS]
     return queue + [Entry(f"{n}-photos32", f"{n}-photos32", tuple(PHOTOS), 0) for n in MAIN]
 
 

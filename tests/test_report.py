@@ -20,10 +20,11 @@ from nelbo import evaluation, latents, training
 from nelbo.checkpoints import load_model
 from nelbo.data import Baseline
 from nelbo.errors import UserError
+from nelbo.latent_use import latent_use
 from nelbo.model import DiffusionModel
 from nelbo.parameterizations import PARAMETERIZATIONS
 from nelbo.paths import PATHS
-from nelbo.report import images, latent_use, tables, write_report
+from nelbo.report import images, tables, write_report
 from nelbo.report.runs import Estimate, Thinned, read_runs
 from nelbo.report.schedules import schedule_view
 from nelbo.sampling import sample_to_files

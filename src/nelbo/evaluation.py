@@ -20,10 +20,10 @@ from nelbo.data import Dataset, baselines, load
 from nelbo.devices import full_float32, versions
 from nelbo.errors import UserError
 from nelbo.flow import LEAST_STEPS
+from nelbo.latent_use import latent_use
 from nelbo.latents import Label
 from nelbo.likelihood import BitsPerDim, Estimate
 from nelbo.model import DiffusionModel
-from nelbo.report import latent_use
 
 __all__ = ["Evaluation", "Settings", "evaluate", "per_image_csv", "time_bins"]
 

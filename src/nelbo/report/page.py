@@ -303,8 +303,9 @@ def _samples(runs: Sequence[Run], sources: _Sources) -> list[Block]:
 
 
 def _schedules(runs: Sequence[Run], models: Sequence[Any], sources: _Sources) -> list[Block]:
+    from nelbo.latent_use import latent_use
     from nelbo.report import figures
-    from nelbo.report.schedules import latent_use, schedule_view
+    from nelbo.report.schedules import schedule_view
 
     blocks, compared = [], []
     for run, model in zip(runs, models, strict=True):
