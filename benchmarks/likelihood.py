@@ -2,6 +2,7 @@
 
     python benchmarks/likelihood.py RUN --images 32                  RUN: a trained run
     python benchmarks/likelihood.py RUN --ideas                      what each idea bought
+    python benchmarks/likelihood.py RUN --waves                      Adams' error by the number of steps
     python benchmarks/likelihood.py RUN --trace-bias                 Hutchinson's probes against the exact trace
     python benchmarks/likelihood.py RUN --estimator                  the diffusion term's variance by choice of times
 
@@ -60,6 +61,8 @@ class Case:
     """Threads. By default torch's choice."""
     ideas: bool = False
     """Switch the ideas off one at a time."""
+    waves: bool = False
+    """The error of Adams' method by the number of equal steps."""
     trace_bias: bool = False
     """Compare Hutchinson's figures with the exact trace's, for K = 1 and more, shared and independent probes."""
     estimator: bool = False
@@ -143,6 +146,7 @@ class Setting:
         return f"{self.method}, {self.tolerance:g}" + (f", {least} steps at least" if least else "")
 
 
+WAVES = (80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 256, 320, 448)
 SETTINGS = (
     Setting(least_steps=112), Setting(), Setting(least_steps=448), Setting(tolerance=1e-4, least_steps=1),
     Setting("bosh3", 1e-3), Setting("bosh3", 3e-4), Setting("bosh3", 1e-4), Setting("dopri5", 1e-4),
@@ -323,6 +327,9 @@ def main(case: Case) -> None:
             "one image at a time": lambda: one_by_one(problem),
         }
         record["ideas"] = compare(case, ways, problem, "all")
+    elif case.waves:
+        ways = {str(n): lambda n=n: ours(problem, Setting(tolerance=1e-2, least_steps=n)) for n in WAVES}
+        record["waves"] = compare(case, ways, problem, "224")
     elif case.trace_bias:
         record["trace_bias"] = trace_bias(case)
     elif case.estimator:

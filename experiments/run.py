@@ -3,6 +3,7 @@
     python experiments/run.py queue            run what has no result yet; stop it at any time, and run it again
     python experiments/run.py tables           write the tables and figures of docs/experiments.md from the results
     python experiments/run.py list             what the queue holds, and what is done
+    python experiments/run.py cost             time training steps beside each other, on an idle machine
 
 Every entry is a `nelbo train` of a preset with the overrides below and a seed, and evaluations of it; a finished entry
 leaves one record in experiments/results.json, which is what the tables are made of. Runs stay in runs/experiments.
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results.json"
+COST = HERE / "cost.json"
 RUNS = ROOT / "runs" / "experiments"
 PAGE = ROOT / "docs" / "experiments.md"
 
@@ -196,6 +199,50 @@ def work(queue: list[Entry], at_once: int) -> None:
         thread.join()
 
 
+def measure_cost(rounds: int = 7, steps: int = 15) -> None:
+    """Milliseconds of a training step of each system, one thread, in turns: what minutes of the queue, where two
+    trainings and other work share a machine, cannot say."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    import torch
+
+    from nelbo.data import load
+    from nelbo.presets import preset
+    from nelbo.training import Trainer
+
+    torch.set_num_threads(1)
+    load_before = os.getloadavg()[0]
+    names = [f"{n}-{data}" for data in ("digits", "photos32") for n in MAIN]
+    trainers = {name: Trainer(preset(name), RUNS, load(preset(name).data.source)) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(rounds + 1):
+        for name, trainer in trainers.items():
+            count = steps if "digits" in name else 1
+            begun = time.perf_counter()
+            for _ in range(count):
+                trainer.take_step()
+            if repeat:  # the first warms up
+                times[name].append(1000 * (time.perf_counter() - begun) / count)
+    COST.write_text(json.dumps({"load_before": load_before, "milliseconds": times}, indent=1) + "\n")
+    print(cost_table(read_results()))
+
+
+def cost_table(results: dict[str, Any]) -> str:
+    """Milliseconds of a step, relative to VDM's, and what it takes to reach VDM's last figure, in VDM's own time."""
+    if not COST.exists():
+        return "Not measured yet."
+    times, rows = json.loads(COST.read_text())["milliseconds"], []
+    for name, found in times.items():
+        reference = f"vdm-{name.rpartition('-')[2]}"
+        ratios = sorted(a / b for a, b in zip(found, times[reference], strict=True))
+        ratio, reach = ratios[len(ratios) // 2], ""
+        if name != reference and (parts := _reach_parts(results, name, reference)):
+            mean, error = _mean([ratio * part for part in parts])
+            reach = _shown(mean, error, 2)
+        middle = sorted(found)[len(found) // 2]
+        rows.append([name, f"{middle:.0f} ({min(found):.0f}..{max(found):.0f})", f"{ratio:.2f}", reach])
+    return _markdown(["run", "ms a step", "times VDM's", "time to VDM's last figure, of VDM's time"], rows)
+
+
 def _mean(values: list[float]) -> tuple[float, float]:
     """Mean over seeds and its standard error (nan for one seed)."""
     n, mean = len(values), sum(values) / len(values)
@@ -264,8 +311,30 @@ def curve_table(results: dict[str, Any], names: list[str]) -> str:
     return _markdown(["run", *map(str, steps)], rows)
 
 
+def _reach(curve: dict[str, Any], goal: float) -> float | None:
+    """The step at which a validation figure reaches ``goal``, interpolated; None where it does not."""
+    below = [i for i, value in enumerate(curve["mean"]) if value <= goal]
+    if not below or below[0] == 0:
+        return None
+    i = below[0]
+    part = (curve["mean"][i - 1] - goal) / (curve["mean"][i - 1] - curve["mean"][i])
+    return curve["step"][i - 1] + part * (curve["step"][i] - curve["step"][i - 1])
+
+
+def _reach_parts(results: dict[str, Any], name: str, reference: str) -> list[float]:
+    """The steps that ``name`` takes to the reference's last figure over the reference's steps, seed by seed; empty
+    where one does not reach it."""
+    groups = _by_name(results, [reference, name])
+    goals = {r["seed"]: r["curve"] for r in groups.get(reference, [])}
+    pairs = [(r["curve"], goals[r["seed"]]) for r in groups.get(name, []) if r["seed"] in goals]
+    steps = [_reach(curve, goal["mean"][-1]) for curve, goal in pairs]
+    if None in steps:
+        return []
+    return [step / goal["step"][-1] for step, (_, goal) in zip(steps, pairs, strict=True) if step is not None]
+
+
 def reach_table(results: dict[str, Any], names: list[str], reference: str) -> str:
-    """Steps and minutes until the validation figure reaches the reference's last one of the same seed, interpolated."""
+    """Steps until the validation figure reaches the reference's last one of the same seed, interpolated."""
     groups = _by_name(results, [reference, *names])
     rows = []
     for name in names:
@@ -274,16 +343,9 @@ def reach_table(results: dict[str, Any], names: list[str], reference: str) -> st
             if not same:
                 continue
             goal, curve = same[0]["curve"]["mean"][-1], record["curve"]
-            row = [name, str(record["seed"]), f"{goal:.4f}", f"{curve['mean'][-1]:.4f}"]
-            below = [i for i, value in enumerate(curve["mean"]) if value <= goal]
-            if below and below[0] > 0:
-                i = below[0]
-                part = (curve["mean"][i - 1] - goal) / (curve["mean"][i - 1] - curve["mean"][i])
-                step = curve["step"][i - 1] + part * (curve["step"][i] - curve["step"][i - 1])
-                row += [f"{step:.0f} of {same[0]['curve']['step'][-1]}"]
-            else:
-                row += [f"not within {curve['step'][-1]}"]
-            rows.append(row)
+            step, last = _reach(curve, goal), same[0]["curve"]["step"][-1]
+            reached = f"not within {curve['step'][-1]}" if step is None else f"{step:.0f} of {last}"
+            rows.append([name, str(record["seed"]), f"{goal:.4f}", f"{curve['mean'][-1]:.4f}", reached])
     return _markdown(["run", "seed", f"{reference}'s last figure", "its own last figure", "steps to reach it"], rows)
 
 
@@ -336,6 +398,7 @@ def write_tables() -> None:
         "digits-baselines": baseline_table(results, "-digits"),
         "digits-steps": curve_table(results, digits),
         "digits-reach": reach_table(results, digits[1:], "vdm-digits"),
+        "cost": cost_table(results),
         "digits-finite": finite_table(results, digits),
         "photos32": final_table(results, photos, "vdm-photos32"),
         "photos32-baselines": baseline_table(results, "-photos32"),
@@ -357,7 +420,7 @@ def write_tables() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("queue", "tables", "list"))
+    parser.add_argument("what", choices=("queue", "tables", "list", "cost"))
     parser.add_argument("--at-once", type=int, default=2, help="trainings at once, one thread each")
     parser.add_argument("--only", default="", help="only entries whose name contains this")
     arguments = parser.parse_args()
@@ -366,6 +429,8 @@ def main() -> None:
         work(queue, arguments.at_once)
     elif arguments.what == "tables":
         write_tables()
+    elif arguments.what == "cost":
+        measure_cost()
     else:
         done = read_results()
         for entry in queue:

@@ -462,6 +462,23 @@ def test_a_longest_step_is_kept(name):
         solve(field, torch.zeros(1, 1, dtype=FLOAT), 1.0, 0.0, method=name, longest_step=0)
 
 
+def test_equal_steps_of_adams_sum_waves_to_nothing():
+    """159 waves, too fast for any of these steps: 224 equal ones of Adams sum them to nothing, 159 take them for a
+    constant, and Dormand and Prince's uneven weights keep much of them at as many evaluations."""
+
+    def waves(t, y, rows, integrand):
+        return torch.ones_like(y), torch.cos(1000 * t + 1)
+
+    def found(method, steps):
+        start, loose = torch.zeros(1, 1, dtype=FLOAT), {"rtol": 10.0, "atol": 10.0}
+        return solve(waves, start, 0.0, 1.0, method=method, longest_step=1 / steps, quadrature=True, **loose)
+
+    exact = (math.sin(1001) - math.sin(1)) / 1000
+    errors = [abs(found(method, steps).quadrature.item() - exact) for method, steps in
+              (("adams4", 224), ("adams4", 159), ("dopri5", 224 / 6))]  # fmt: skip
+    assert errors[0] < 0.005 and errors[1] > 0.3 and errors[2] > 5 * errors[0]
+
+
 def test_the_first_step_may_be_given():
     """It saves the evaluation that estimates it, and is cut to what is left; the sign is that of the way to go."""
     field = Counted(decay)
