@@ -7,6 +7,7 @@ x + sigma/alpha u, which is our z_0/alpha_0, and i-DODE's uniform noise from our
 
 import itertools
 import math
+import os
 import re
 from typing import Any
 
@@ -34,7 +35,9 @@ __all__ = ["drift", "ode_likelihood"]
 # README: how far drifts and divergences may be apart, for each system.
 DRIFT = {"idode": (3e-4, 5e-4), "mulan": (1e-3, 5e-3)}
 REPEATED, ADAPTIVE = 0.1, 4.0  # nats of log p, with the recorded steps and with our own
-REPEATS = 2  # draws of a variant that are integrated; the others' recorded log p goes into its bits/dim
+# Draws of a variant that are integrated: all of another folder's; of our own two, for time, and the recorded log p of
+# the others goes into the variant's bits/dim.
+REPEATS = 1000 if os.environ.get("NELBO_REFERENCE") else 2
 
 
 class Scaled(nn.Module):

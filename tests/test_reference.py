@@ -548,6 +548,7 @@ def test_the_folder_holds_cases() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.timeout(1800)  # a folder of whole likelihoods takes minutes each
 def test_case(path: Path) -> None:
     known = [kind for kind in KINDS if path.name.startswith(kind)]
     assert known, f"{path.name} begins with no known kind of case: {', '.join(KINDS)}"
