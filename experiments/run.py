@@ -292,11 +292,10 @@ def final_table(results: dict[str, Any], names: list[str], reference: str) -> st
                 "" if spread is None else f"{spread:.3f}",
                 f"{100 * _mean(change)[0]:.1f} %" if change else "",
                 f"{records[0]['parameters'] / 1000:.0f} k",
-                f"{_mean([r['seconds'] for r in records])[0] / 60:.1f}",
             ]
         )
     head = ["run", "seeds", "bound ± seeds", "± images", f"minus {reference}", "paper's figure", "latent",
-            "spread of gamma", "denoiser's change", "parameters", "minutes"]  # fmt: skip
+            "spread of gamma", "denoiser's change", "parameters"]  # fmt: skip
     return _markdown(head, rows)
 
 

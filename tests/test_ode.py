@@ -445,15 +445,24 @@ def test_a_far_start_of_a_neighbour_does_not_matter():
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_first_step_that_is_too_long_is_tried_again(name):
+    """Nothing is remembered of a step that was rejected."""
+    y = torch.ones(1, 1, dtype=FLOAT)
+    found = solve(Counted(decay), y, 0.0, 3.0, rtol=1e-6, atol=1e-6, method=name, first_step=2.0)
+    assert found.success and found.rejected.item() >= 2
+    assert found.y.item() == pytest.approx(math.exp(math.sin(3.0)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_longest_step_is_kept(name):
-    """A field that every step integrates exactly: as many steps as the longest one asks for, and a few to grow."""
+    """A field that every step integrates exactly: as many steps as the longest one asks for, and a few to begin."""
     times = []
 
     def field(t, y, rows, integrand):
         times.append(t.item())
         return torch.ones_like(y), None
 
-    found = solve(field, torch.zeros(1, 1, dtype=FLOAT), 1.0, 0.0, method=name, longest_step=1 / 50)
+    found = solve(field, torch.zeros(1, 1, dtype=FLOAT), 1.0, 0.0, method=name, first_step=1.0, longest_step=1 / 50)
     assert found.success and found.y.item() == pytest.approx(-1.0)
     assert 50 <= found.accepted.item() <= 50 + 10
     assert max(a - b for a, b in itertools.pairwise(sorted(set(times), reverse=True))) <= 1 / 50 * (1 + 1e-9)

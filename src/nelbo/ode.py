@@ -209,14 +209,11 @@ class Adams(Method):
 def _integral(times: Tensor, count: Tensor, h: Tensor) -> Tensor:
     """The weights (A, N) that integrate, from 0 to h (A,), every polynomial given by its values at the first ``count``
     (A,) of the times (A, N); 0 for the others. They solve sum_i w_i s_i^m = h^(m+1)/(m+1), m = 0 .. count - 1."""
-    size = times.shape[1]
-    powers = torch.arange(size, device=times.device)
-    used = powers < count[:, None]  # (A, N)
-    unit = torch.where(used, times, 0.0).abs().amax(1).clamp(min=1e-300).maximum(h.abs())[:, None]
+    m = torch.arange(times.shape[1], device=times.device)
+    used = m < count[:, None]
     both = used[:, :, None] & used[:, None, :]
-    matrix = torch.where(both, (times / unit)[:, None, :] ** powers[:, None], torch.eye(size).to(times))
-    right = torch.where(used, (h[:, None] / unit) ** (powers + 1) / (powers + 1), 0.0)
-    return unit * torch.linalg.solve(matrix, right)
+    powers = torch.where(both, (times / h[:, None])[:, None, :] ** m[:, None], torch.eye(len(m)).to(times))
+    return h[:, None] * torch.linalg.solve(powers, used / (m + 1.0).to(times))
 
 
 def _weighted(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
