@@ -44,7 +44,7 @@ ABLATIONS = (
     "mulan-one-hot", "mulan-gaussian", "mulan-paper", "mulan-pixel-noise",
 )  # fmt: skip
 STEPS = (10, 25, 50, 100, 250, 500, 1000)
-STARTING = threading.Lock()  # two entries may begin with the same run, which one of them trains
+TRAINING: dict[Path, threading.Lock] = {}  # by run: two entries may begin with the same one, which one of them trains
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,11 @@ def carry_out(entry: Entry) -> dict[str, Any]:
     if entry.start is not None:
         preset, overrides = entry.start
         first = RUNS / f"{preset}-seed{entry.seed}"  # of the main comparison, or of i-DODE; trained if not there
-        with STARTING:
+        with TRAINING.setdefault(first, threading.Lock()):
             _nelbo(log, "train", preset, "--out", str(first), *seed, *overrides)
         begin = ("--init-from", str(first))
-    _nelbo(log, "train", entry.preset, "--out", str(run), *seed, *entry.overrides, *begin)
+    with TRAINING.setdefault(run, threading.Lock()):
+        _nelbo(log, "train", entry.preset, "--out", str(run), *seed, *entry.overrides, *begin)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [line for line in lines if line["kind"] == "evaluation"]
     own = json.loads((run / "run.json").read_text())["config"]["objective"]["steps"]
@@ -230,7 +231,8 @@ def cost_table(results: dict[str, Any]) -> str:
     """Milliseconds of a step, relative to VDM's, and what it takes to reach VDM's last figure, in VDM's own time."""
     if not COST.exists():
         return "Not measured yet."
-    times, rows = json.loads(COST.read_text())["milliseconds"], []
+    measured, rows = json.loads(COST.read_text()), []
+    times = measured["milliseconds"]
     for name, found in times.items():
         reference = f"vdm-{name.rpartition('-')[2]}"
         ratios = sorted(a / b for a, b in zip(found, times[reference], strict=True))
@@ -240,7 +242,8 @@ def cost_table(results: dict[str, Any]) -> str:
             reach = _shown(mean, error, 2)
         middle = sorted(found)[len(found) // 2]
         rows.append([name, f"{middle:.0f} ({min(found):.0f}..{max(found):.0f})", f"{ratio:.2f}", reach])
-    return _markdown(["run", "ms a step", "times VDM's", "time to VDM's last figure, of VDM's time"], rows)
+    table = _markdown(["run", "ms a step", "times VDM's", "time to VDM's last figure, of VDM's time"], rows)
+    return f"{table}\n\nLoad before it: {measured['load_before']:.1f}."
 
 
 def _mean(values: list[float]) -> tuple[float, float]:
@@ -311,11 +314,14 @@ def curve_table(results: dict[str, Any], names: list[str]) -> str:
 
 
 def _reach(curve: dict[str, Any], goal: float) -> float | None:
-    """The step at which a validation figure reaches ``goal``, interpolated; None where it does not."""
+    """The step at which a validation figure reaches ``goal``, interpolated between evaluations (the first of them where
+    it already has); None where it does not."""
     below = [i for i, value in enumerate(curve["mean"]) if value <= goal]
-    if not below or below[0] == 0:
+    if not below:
         return None
     i = below[0]
+    if i == 0:
+        return curve["step"][0]
     part = (curve["mean"][i - 1] - goal) / (curve["mean"][i - 1] - curve["mean"][i])
     return curve["step"][i - 1] + part * (curve["step"][i] - curve["step"][i - 1])
 

@@ -293,6 +293,8 @@ MISTAKES = [
     ("evaluate {place}/run --method ode --times 4", "--times belongs to --method vlb, and the method is ode"),
     ("evaluate {place}/run --rtol 1e-4", "--rtol belongs to --method ode, and the method is vlb"),
     ("evaluate {place}/run --method ode --rtol 0", "--rtol must lie between 0 and 1, got 0"),
+    ("evaluate {place}/run --method ode --least-steps 0", "--least-steps must be at least 1, got 0"),
+    ("evaluate {place}/run --least-steps 9", "--least-steps belongs to --method ode, and the method is vlb"),
     ("evaluate {place}/run --method ode --samples 0", "--samples must be at least 1, got 0"),
     ("evaluate {place}/run --method ode --trace exact --probes 2", "the exact trace has none, got 2"),
     ("evaluate {place}/run --method ode --dequantization none", "--dequantization must be one of truncated-normal, "),

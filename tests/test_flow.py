@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
@@ -252,10 +253,11 @@ def test_transport_against_scipy(path, parameterization):
     for probe, t_0, t_1 in ((None, 0.9, 0.1), (e, 0.0, 1.0)):
         end, total = by_scipy(model, z, c, probe, t_0, t_1)
         flow = Flow(model, c, probes=None if probe is None else probe.reshape(1, 1, *SHAPE))
-        found = flow.transport(z, t_0, t_1, divergence=True, rtol=1e-7, atol=1e-7)
-        assert found.solution.success and abs(total) > 0.1 and (end - z.flatten()).abs().min().item() > 0.01
-        assert torch.allclose(found.z.flatten(), end, atol=1e-5)
-        assert found.divergence.item() == pytest.approx(total, abs=1e-5)
+        for method in ("dopri5", "adams4"):
+            found = flow.transport(z, t_0, t_1, divergence=True, rtol=1e-7, atol=1e-7, method=method)
+            assert found.solution.success and abs(total) > 0.1 and (end - z.flatten()).abs().min().item() > 0.01
+            assert torch.allclose(found.z.flatten(), end, atol=1e-5)
+            assert found.divergence.item() == pytest.approx(total, abs=1e-5)
 
 
 def test_the_mean_over_all_probes_is_exact_along_a_solve():
@@ -266,6 +268,40 @@ def test_the_mean_over_all_probes_is_exact_along_a_solve():
     each = Flow(model, c, probes=SIGNS[:, None]).transport(z.expand(8, *SHAPE), 0.0, 1.0, **options).divergence
     exact = Flow(model, c[:1]).transport(z, 0.0, 1.0, **options).divergence
     assert each.mean().item() == pytest.approx(exact.item(), abs=1e-6) and each.std().item() > 0.05
+
+
+@pytest.mark.parametrize(("kind", "path"), [("polynomial given c", "vp"), ("linear", "straight")])
+def test_adams_takes_equal_steps_in_what_the_network_sees(kind, path, monkeypatch):
+    """Where no tolerance binds: 224 steps from 0 to 1, half as many for half of tau, each 1/224 of it within 2 %; as
+    many as are asked for; and a handful where none are."""
+    model, z, seen = coupled(kind, path), states(), []
+    original = Flow.field
+
+    def watched(self, t, w, rows, integrand):
+        seen.append((t, rows))
+        return original(self, t, w, rows, integrand)
+
+    def tau(t, i):
+        with torch.no_grad():
+            gamma = [model.curve(CODES[i : i + 1])(at)[0].mean().item() for at in (tensor([0.0]), t, tensor([1.0]))]
+        return (gamma[1] - gamma[0]) / (gamma[2] - gamma[0])
+
+    monkeypatch.setattr(Flow, "field", watched)
+    options = {"method": "adams4", "rtol": 100.0, "atol": 100.0}
+    found = Flow(model, CODES).transport(z, 0.0, 1.0, **options).solution
+    for i in range(len(z)):
+        times = [t[(rows == i).nonzero()[0]] for t, rows in seen if i in rows]
+        steps = np.diff([tau(t, i) for t in times])[-220:-1]  # without those of the beginning, which grow
+        assert steps == pytest.approx(np.full(219, 1 / 224), rel=0.02)
+    assert (found.accepted >= 224).all() and (found.accepted < 240).all() and not found.rejected.any()
+    late = [min(np.linspace(0, 1, 201), key=lambda t: abs(tau(tensor([t]), i) - 0.5)) for i in range(len(z))]
+    half = Flow(model, CODES).transport(z, tensor(late), 1.0, **options).solution
+    assert (abs(half.accepted - 118) < 10).all()
+    few = Flow(model, CODES).transport(z, 0.0, 1.0, least_steps=40, **options).solution
+    assert (abs(few.accepted - 46) < 8).all()
+    assert (Flow(model, CODES).transport(z, 0.0, 1.0, least_steps=1, **options).solution.accepted < 30).all()
+    with pytest.raises(ValueError, match="least_steps must be at least 1, got 0"):
+        Flow(model, CODES).transport(z, 0.0, 1.0, least_steps=0)
 
 
 def test_every_example_starts_at_its_own_time():
@@ -300,12 +336,12 @@ def test_errors_are_measured_in_units_of_the_noise(parameterization, path, monke
 
 
 def test_the_schedule_of_a_batch_is_made_once():
-    """Once for the start, once for the end and once for each set of examples at work, however many steps they take."""
+    """Once for the ends and once for each set of examples at work, however many steps they take."""
     model, calls = coupled(), []
     curve = model.curve
     model.curve = lambda c: calls.append(len(c)) or curve(c)
     found = Flow(model, CODES).transport(states(), tensor([0.0, 0.3, 0.6, 0.9]), 1.0)
-    assert calls[:3] == [4, 4, 4] and calls[2:] == sorted(calls[2:], reverse=True) and len(calls) <= 6
+    assert calls[:2] == [4, 4] and calls == sorted(calls, reverse=True) and len(calls) <= 5
     assert int(found.solution.evaluations.min()) > 7
 
 

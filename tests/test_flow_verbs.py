@@ -72,7 +72,7 @@ def test_the_tolerance_s_cost_is_the_figure_less_that_of_a_tighter_solve(runs: P
     assert call("evaluate", run, "--method", "ode", "--images", 3, *LOOSE) == 0
     images, model = load("digits").images["test"][:3], checkpoints.load_model(run)
     loose = likelihood.ode(model, images, rtol=0.03, atol=0.03, least_steps=20, replicates=1)
-    tight = likelihood.ode(model, images, rtol=0.003, atol=0.003, least_steps=40, replicates=1, double=True)
+    tight = likelihood.ode(model, images, rtol=0.003, atol=0.003, least_steps=448, replicates=1, double=True)
     assert record(run)["tolerance"]["mean"] == pytest.approx(
         float((loose.per_image - tight.per_image).mean()), abs=1e-6
     )

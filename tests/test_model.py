@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nelbo import networks
+from nelbo import cli, networks
 from nelbo.compose import build_model, noise_parameters
 from nelbo.config import (
     Config,
@@ -25,8 +25,10 @@ from nelbo.errors import UserError
 from nelbo.latents import LATENTS, Gaussian, KHot, Label
 from nelbo.model import DiffusionModel
 from nelbo.networks import CNNEncoder
+from nelbo.ode import METHODS
 from nelbo.parameterizations import PARAMETERIZATIONS, Noise, Velocity
 from nelbo.paths import PATHS, Straight, VariancePreserving
+from nelbo.pixels import DEQUANTIZATIONS
 from nelbo.schedules import INTERIORS
 from nelbo.times import TIMES
 from toys import FLOAT, linear, polynomial, tensor
@@ -195,6 +197,8 @@ def test_impossible_models_are_refused(made, levels, classes):
         (Config, "path", PATHS),
         (Config, "parameterization", PARAMETERIZATIONS),
         (DataConfig, "augment", AUGMENTATIONS),
+        (cli.Evaluate, "solver", METHODS),
+        (cli.Evaluate, "dequantization", DEQUANTIZATIONS),
     ],
 )
 def test_the_choices_of_the_configuration_are_those_of_the_registries(owner, field, registry):

@@ -445,6 +445,17 @@ def test_a_far_start_of_a_neighbour_does_not_matter():
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_an_integrand_that_nobody_asked_for_changes_nothing(name):
+    def field(integrand):
+        return lambda t, y, rows, asked: (-y, torch.cos(50 * t) if integrand else None)
+
+    y = torch.ones(1, 1, dtype=FLOAT)
+    without, given = (solve(field(integrand), y, 0.0, 1.0, method=name) for integrand in (False, True))
+    assert torch.equal(without.y, given.y) and torch.equal(without.evaluations, given.evaluations)
+    assert given.quadrature is None
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_first_step_that_is_too_long_is_tried_again(name):
     """Nothing is remembered of a step that was rejected."""
     y = torch.ones(1, 1, dtype=FLOAT)

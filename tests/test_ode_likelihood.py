@@ -563,12 +563,23 @@ def test_float32_is_close_to_float64():
 
 
 def test_one_replicate_has_no_draws_error():
-    result = ode(exact_model("uniform"), all_images()[:3], replicates=1, dequantization="uniform", rtol=1e-3, atol=1e-3)
+    result = ode(exact_model("uniform"), all_images()[:3], replicates=1, dequantization="uniform", least_steps=20)
     assert math.isnan(result.draws_error) and np.isnan(result.per_image_error).all() and result.standard_error > 0
 
 
+def test_the_default_takes_224_steps_and_they_are_enough():
+    """Of equal ones in tau, from the start of the truncated normal: within 1e-4 bits/dim of a tight solve by a pair."""
+    options = {"replicates": 1, "trace": "exact"}
+    found = ode(exact_model("truncated-normal"), all_images()[::5], **options)
+    assert (found.settings["solver"], found.settings["least_steps"]) == ("adams4", 224)
+    assert 224 <= found.cost["evaluations_per_solve"] < 260
+    tight = ode(exact_model("truncated-normal"), all_images()[::5], **(EXACT | options))
+    assert tight.settings["least_steps"] == 1
+    assert np.abs(found.per_image - tight.per_image).max() < 1e-4
+
+
 @pytest.mark.parametrize("fields", [
-    {"samples": 0}, {"replicates": 0}, {"probes": 0}, {"trace": "none"}, {"rtol": 0.0, "atol": 0.0},
+    {"samples": 0}, {"least_steps": 0}, {"replicates": 0}, {"probes": 0}, {"trace": "none"}, {"rtol": 0.0, "atol": 0.0},
 ])  # fmt: skip
 def test_impossible_evaluations_are_refused(fields):
     with pytest.raises(ValueError, match="must be"):

@@ -93,8 +93,8 @@ class Evaluate:
     """ode: Adams' method with 4 evaluations remembered; the Runge-Kutta pairs Bogacki-Shampine 3(2), Dormand-Prince
     5(4)."""
     least_steps: int | None = None
-    """ode: steps over the unit interval at least; by default 224 for adams4, more than the network's embedding of time
-    has waves, and as many as the tolerance asks for with the others."""
+    """ode: steps from t = 0 to 1 at least; by default 224 for adams4, more than the network's embedding of time has
+    waves, and as many as the tolerance asks for with the others."""
     state: Literal["float32", "float64"] = "float32"
     """ode: precision of the state; the network's is float32."""
     compare: Path | None = None
@@ -248,6 +248,8 @@ def _print_evaluation(command: Evaluate, found: Any) -> None:
     table.add_row("  of which the draws' own", "", f"{own:.4f}" if own == own else again)
     if record["tolerance"] is not None:
         row("  the tolerance's, on few images", record["tolerance"]["mean"], record["tolerance"]["standard_error"])
+    elif settings["method"] == "ode":
+        table.add_row("  the tolerance's, on few images", "", "the tighter solve failed")
     for name, value in result.terms.items():
         if published is None or name != "latent":
             row(f"  {name.removeprefix('valid_')}", value.mean, value.standard_error)

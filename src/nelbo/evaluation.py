@@ -3,6 +3,7 @@
 A likelihood by ODE takes long: its draws are kept in a file of their own while it runs, and the same command goes on.
 """
 
+import contextlib
 import csv
 import io
 import math
@@ -245,12 +246,12 @@ def _by_ode(
 
 
 def _tolerance(model: DiffusionModel, images: np.ndarray, labels: np.ndarray | None, settings: Settings) -> Estimate:
-    """What the tolerance costs: the figure less that of tolerances ten times as tight, twice as many steps at least and
-    a float64 state, the same first draws of the first images. Bits/dim."""
+    """What the tolerance costs: the figure less that of tolerances ten times as tight, twice as many steps at least (or
+    twice the default's) and a float64 state, the same first draws of the first images. Bits/dim."""
     n = min(RESOLVED, len(images))
     one = replace(settings, samples=1, replicates=1)
-    least = settings.least_steps or LEAST_STEPS.get(settings.solver, 1)
-    tight = replace(one, rtol=settings.rtol / 10, atol=settings.atol / 10, least_steps=2 * least, state="float64")
+    least = 2 * max(settings.least_steps or 1, LEAST_STEPS.get(settings.solver, 1))
+    tight = replace(one, rtol=settings.rtol / 10, atol=settings.atol / 10, least_steps=least, state="float64")
     few = images[:n], None if labels is None else labels[:n]
     with full_float32():
         loose_result, tight_result = (_by_ode(model, *few, s, n, None) for s in (one, tight))
@@ -273,6 +274,8 @@ def evaluate(
     """
     run, begun = Path(run), time.perf_counter()
     check(settings)
+    if settings.method == "ode" and settings.least_steps is None:
+        settings = replace(settings, least_steps=LEAST_STEPS.get(settings.solver, 1))
     dataset, images, labels = _chosen(run, settings)
     model, steps = _load_for(run, settings, dataset, device)
     checkpoint = checkpoints.read_checkpoint(run, settings.checkpoint)
@@ -305,12 +308,16 @@ def evaluate(
     key = {
         "settings": {**asdict(settings), "batch": None},
         "checkpoint": [checkpoint.step, checkpoint.meta["versions"], checkpoints.read_run(run)["created"]],
+        "versions": versions(),
         "data": [dataset.name, dataset.version, len(images)],
     }
     unfinished = Unfinished(path.with_name(f".{path.stem}.npz"), key)
     result = figure(str(run), model, steps, unfinished)
     compared = None if other is None else figure(str(compare), *other, None)
-    tolerance = _table(_tolerance(model, images, labels, settings)) if settings.method == "ode" else None
+    tolerance = None
+    if settings.method == "ode":
+        with contextlib.suppress(UserError):  # a tighter solve may fail where this one did not: the figure stays
+            tolerance = _table(_tolerance(model, images, labels, settings))
     difference = None if compared is None else likelihood.compare(result, compared)
     record = {
         "bits_per_dim": _table(result.value),
@@ -352,9 +359,11 @@ def _name(settings: Settings, steps: int, dataset: Dataset) -> str:
     if settings.method == "vlb":
         name += f"-{settings.times}x{settings.shifts}" + (f"-T{steps}" if steps else "")
     else:
-        name += f"-{settings.dequantization}-{settings.samples}x{settings.replicates}-{settings.rtol:g}"
-        changed = [f"{n}-{getattr(settings, n)}" for n in ODE[3:] if getattr(settings, n) != getattr(Settings, n)]
-        name += "".join(f"-{change}" for change in changed if not change.startswith("rtol"))
+        name += f"-{settings.dequantization}-{settings.samples}x{settings.replicates}"
+        name += f"-{settings.solver}-{settings.least_steps}-{settings.rtol:g}"
+        for field in ("trace", "probes", "atol", "state"):
+            if getattr(settings, field) != getattr(Settings, field):
+                name += f"-{field}-{getattr(settings, field)}"
     name += f"-seed{settings.seed}" if settings.seed else ""
     name += f"-{settings.images}" if settings.images is not None else ""
     return name + (f"-{dataset.name}-{dataset.version}" if settings.data is not None else "")

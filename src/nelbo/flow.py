@@ -19,11 +19,14 @@ in which the linear part A z is gone: it is solved exactly by m (d log m/d gamma
 difference of sum_i log m_i between the ends. Errors of z = m w are measured in units of sigma, the noise at that time:
 what the network sees of an error is its size beside sigma, which near the data is a thousandth of what it is at t = 1.
 
-How many steps. The network sees t through sines of up to 1000 rad (networks/layers.py, equation 1), 159 waves in
-[0, 1], and a trained network answers to them: the field and its divergence carry waves along that are small, fast and
-of no consequence in the mean. N equal steps of a method that weighs every step alike sum a wave of n periods to
-nothing, unless n lies near a multiple of N: then they take it for a slow one. So N must keep clear of 159 and of what
-lies below. N = 224, for which the fastest wave looks like one of 65 periods, is what an Adams method takes at least.
+How many steps. The network sees t as tau, the mean of gamma over pixels scaled to [0, 1] (networks/unet.py, equation
+1), through sines of up to 1000 rad: 159 waves. A trained network answers to them: the field and its divergence carry
+waves along that are small, fast and of no consequence in the mean. N equal steps of a method that weighs every step
+alike sum a wave of n periods to nothing, unless n lies near a multiple of N: then they take it for a slow one. So N
+must keep clear of 159 and of what lies below. N = 224, for which the fastest wave looks like one of 65 periods, is what
+an Adams method takes at least, of steps that are equal in tau:
+
+    (7)  h <= (mean gamma(1) - mean gamma(0)) / (N mean gamma'(t))
 """
 
 import math
@@ -40,7 +43,7 @@ from nelbo.paths import bisect
 
 __all__ = ["LEAST_STEPS", "Flow", "Transport", "log_prior", "time_of"]
 
-LEAST_STEPS = {"adams4": 224}  # over the unit interval; other methods take as many as their error asks for
+LEAST_STEPS = {"adams4": 224}  # the N of equation (7); other methods take as many as their error asks for
 
 
 def log_prior(z: Tensor, scale: float) -> Tensor:
@@ -144,6 +147,11 @@ class Flow:
         self.select(torch.arange(len(t), device=t.device))
         return self.at_work[0](t.to(self.precision or t.dtype))[0]
 
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over pixels of what is broadcastable to the images at work: (A,) float64."""
+        assert self.rows is not None
+        return values.double().flatten(1).mean(1).expand(len(self.rows))
+
     def noise(self, t: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """sigma and m at t, broadcastable to the states of ``rows``."""
         self.select(rows)
@@ -167,12 +175,17 @@ class Flow:
         """The flow from z (B, C, H, W) at t_0 (a number, or (B,)) to t_1, the network in evaluation mode.
 
         An entry's tolerance is sigma (atol + rtol |z|), the log-density's, per dimension, atol + rtol of its size.
-        ``least_steps`` over the unit interval, by default those of LEAST_STEPS; ``solver``: more options of
-        ``ode.solve``.
+        ``least_steps``, the N of equation (7) from t = 0 to 1, by default LEAST_STEPS; ``solver``: first_step and
+        max_steps (10 000) of ``ode.solve``.
         """
         dimensions = z[0].numel()
         begin, end = (torch.as_tensor(t, dtype=torch.float64, device=z.device).expand(len(z)) for t in (t_0, t_1))
-        m_0, m_1 = self.scale(self.gamma(begin)), self.scale(self.gamma(end))
+        self.select(torch.arange(len(z), device=z.device))
+        gamma_start, gamma_end, gamma_0, gamma_1 = (
+            self.at_work[0](t.to(self.precision or t.dtype))[0]
+            for t in (begin, end, torch.zeros_like(begin), torch.ones_like(begin))
+        )
+        m_0, m_1, climb = self.scale(gamma_start), self.scale(gamma_end), self.mean(gamma_1) - self.mean(gamma_0)
 
         def field(t: Tensor, w: Tensor, rows: Tensor, integrand: bool) -> tuple[Tensor, Tensor | None]:
             speed, trace = self.field(t, w, rows, integrand)
@@ -183,12 +196,21 @@ class Flow:
             return sigma * (atol / m + rtol * size)
 
         least_steps = LEAST_STEPS.get(method, 1) if least_steps is None else least_steps
+        if least_steps < 1:
+            raise ValueError(f"least_steps must be at least 1, got {least_steps}")
+
+        def longest(t: Tensor, rows: Tensor) -> Tensor:
+            self.select(rows)
+            rate = self.mean(self.at_work[0](t.to(self.precision or t.dtype))[1])
+            return climb[rows] / (least_steps * rate)
+
         training = self.model.training
         self.model.eval()
         try:
             solution = ode.solve(
                 field, z / m_0, t_0, t_1, rtol=rtol, atol=atol, method=method, quadrature=divergence,
-                tolerance=tolerance, longest_step=1 / least_steps, **solver,
+                tolerance=tolerance, longest_step=longest if least_steps > 1 else math.inf,
+                **{"max_steps": 10_000} | solver,
             )  # fmt: skip
         finally:
             self.model.train(training)

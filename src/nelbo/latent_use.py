@@ -13,7 +13,8 @@ Chance is the largest b of 99 trials in which the draws are dealt to the images 
 
     Rule: the schedule uses c where b reaches 0.01 nats of gamma at some t, and chance (a test at the 1 % level).
 
-The denoiser may use c as well. With z and gamma as they are and c' of another image in place of c, over images and t,
+The denoiser may use c as well. With z and gamma as they are and c' of another image in place of c, over images (and in
+(4) over t too),
 
     (3)  change = rms(eps_hat' - eps_hat) / rms(eps_hat - eps)
     (4)  gain   = mean(|eps_hat' - eps|^2 - |eps_hat - eps|^2) / mean |eps_hat - eps|^2

@@ -273,15 +273,13 @@ def ode(
     ``dequantization``: truncated-normal, uniform or variational; ``samples`` K and ``replicates`` R; ``trace``: exact,
     or Hutchinson's with ``probes`` rademacher or gaussian ones, averaged; ``rtol``, ``atol``, ``method`` of the solver
     (ode.py), tolerances of a pixel in units of the noise there and, for the log-density, in nats per dimension, and
-    ``least_steps`` over the unit interval (flow.py); ``double``: a float64 state; ``batch``, solves at once. ``table``
+    ``least_steps``, the N of flow.py's equation (7); ``double``: a float64 state; ``batch``, solves at once. ``table``
     (``ode_table``): draws that are in it already are not solved again, and it is filled in place; ``save(table)`` is
     called after every batch. ``progress(images done, bits/dim so far)``. Units: bits/dim. Raises SolverError where a
     solve fails.
     """
     if samples < 1 or replicates < 1 or probes < 1:
         raise ValueError(f"samples, replicates and probes must be at least 1, got {samples}, {replicates}, {probes}")
-    if least_steps is not None and least_steps < 1:
-        raise ValueError(f"least_steps must be at least 1, got {least_steps}")
     if trace not in ("exact", "rademacher", "gaussian"):
         raise ValueError(f"trace must be exact, rademacher or gaussian, got {trace!r}")
     images = torch.as_tensor(images)
@@ -346,7 +344,7 @@ def ode(
             "rtol": rtol,
             "atol": atol,
             "solver": method,
-            "least_steps": least_steps or LEAST_STEPS.get(method, 1),
+            "least_steps": LEAST_STEPS.get(method, 1) if least_steps is None else least_steps,
             "double": double,
             "seed": seed,
             "batch": batch,

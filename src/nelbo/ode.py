@@ -43,7 +43,7 @@ Tolerance = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SUCCESS, STEP_LIMIT, STEP_TOO_SMALL, NOT_FINITE = range(4)
 ADVICE = {
-    STEP_LIMIT: "the step limit was reached: raise max_steps, or loosen rtol and atol",
+    STEP_LIMIT: "the step limit was reached: loosen rtol and atol, or raise max_steps (in Python)",
     STEP_TOO_SMALL: "the step became too small: loosen rtol and atol, or use a float64 state",
     NOT_FINITE: "the field is not finite: look at the network's output at the time that was reached",
 }
@@ -107,7 +107,7 @@ class Past:
             return tuple(torch.where(chosen, a, b) for a, b in zip((new, *old), old, strict=False))
 
         count = torch.where(good, (self.count + 1).clamp(max=len(self.t)), self.count)
-        return Past(pushed(t, self.t), pushed(k, self.k), () if g is None else pushed(g, self.g), count)
+        return Past(pushed(t, self.t), pushed(k, self.k), pushed(g, self.g) if g is not None else (), count)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,8 @@ class Adams(Method):
         better = _integral(times, n + 1, h)
         added = better - _integral(times, n, h)
         fields, gain, gain_error = (k, *past.k), None, None
-        if g is not None:
+        if quadrature:
+            assert g is not None, "the field must give the integrand where it is asked for"
             gain, gain_error = (_weighted(w, (g, *past.g)) for w in (better, added))
         return Trial(y + _weighted(better, fields), _weighted(added, fields), gain, gain_error, k, g, n + 1.0)
 
@@ -244,7 +245,7 @@ def solve(
     quadrature: bool = False,
     tolerance: Tolerance | None = None,
     first_step: float | None = None,
-    longest_step: float = math.inf,
+    longest_step: float | Callable[[Tensor, Tensor], Tensor] = math.inf,
     max_steps: int = 1000,
 ) -> Solution:
     """Integrate y (B, ...) from t_0, a number or one per example (B,), to t_1, in either direction.
@@ -254,13 +255,13 @@ def solve(
     same examples are at work. ``quadrature``: integrate q too, from 0, its error held below the same tolerances.
     ``tolerance(t, rows, |y|)``: that of the state in equation (1), shaped as it, from the beginning of a step, in place
     of atol + rtol |y|; a quadrature keeps its own. ``first_step``: |h| to begin with, by default estimated at the price
-    of one evaluation; ``longest_step``, the largest |h|. ``max_steps``: steps tried, per example. Nothing is raised
-    where an example fails: see ``Solution.status``.
+    of one evaluation; ``longest_step``, the largest |h|, a number or f(t, rows) (A,). ``max_steps``: steps tried, per
+    example. Nothing is raised where an example fails: see ``Solution.status``.
     """
     way, n, device = METHODS[method], len(y), y.device
     if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
         raise ValueError(f"rtol and atol must be 0 or more and not both 0, got {rtol} and {atol}")
-    if not longest_step > 0:
+    if not callable(longest_step) and not longest_step > 0:
         raise ValueError(f"longest_step must be above 0, got {longest_step}")
     t = torch.as_tensor(t_0, dtype=torch.float64, device=device).expand(n).clone()
     sign, span = (1.0 if float((t_1 - t).sum()) >= 0 else -1.0), (t_1 - t).abs()
@@ -291,14 +292,14 @@ def solve(
     q = torch.zeros_like(t)
     evaluations, accepted, rejected = (torch.zeros_like(rows) for _ in range(3))
     k, g = field(t, y, rows, quadrature)
-    past = Past((t,) * way.memory, (k,) * way.memory, () if g is None else (g,) * way.memory, torch.ones_like(rows))
+    integrands = (g,) * way.memory if quadrature and g is not None else ()
+    past = Past((t,) * way.memory, (k,) * way.memory, integrands, torch.ones_like(rows))
     evaluations += 1
     if first_step is None:
         h = _first_step(field, t, y, k, rows, sign, span, allowed, way.first_order)
         evaluations += 1
     else:
         h = span.clamp(max=abs(first_step))
-    h = h.clamp(max=longest_step)
     before = torch.ones_like(t)  # E of the last accepted step
     failed = torch.zeros_like(rows, dtype=torch.bool)  # the last try was rejected
     finite = torch.isfinite(_rms(k))
@@ -320,6 +321,7 @@ def solve(
             rows, y, t, q, h, before, failed, smallest = (v[stay] for v in (rows, y, t, q, h, before, failed, smallest))
             evaluations, accepted, rejected = (v[stay] for v in (evaluations, accepted, rejected))
             past = past.of(stay)
+        h = torch.minimum(h, longest_step(t, rows) if callable(longest_step) else torch.full_like(h, longest_step))
         left = sign * (t_1 - t)
         last = h >= left * (1 - 1e-12)
         step = sign * torch.where(last, left, h)
@@ -334,7 +336,7 @@ def solve(
         steady = error.clamp(min=1e-10) ** (-0.7 / trial.order) * before ** (0.4 / trial.order)
         factor = (0.9 * torch.where(good, steady, error ** (-1 / trial.order))).clamp(*way.bounds)
         factor = torch.where(good & failed | ~good, factor.clamp(max=1.0), factor)
-        h = torch.where(good & last, h, (step.abs() * factor).clamp(max=longest_step))
+        h = torch.where(good & last, h, step.abs() * factor)
         before = torch.where(good, error.clamp(min=1e-4), before)
         accepted, rejected, failed = accepted + good, rejected + ~good, ~good
         t = torch.where(good, torch.where(last, torch.full_like(t, t_1), t + step), t)
@@ -370,7 +372,7 @@ def _first_step(
 METHODS: dict[str, Method] = {
     # Adams of order 5.
     "adams4": Adams(4),
-    # Bogacki and Shampine 3(2): fewest evaluations at loose tolerances.
+    # Bogacki and Shampine 3(2): of the pairs, fewest evaluations at loose tolerances.
     "bosh3": Tableau(
         3,
         (0, 1 / 2, 3 / 4, 1),

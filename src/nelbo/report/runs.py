@@ -169,7 +169,8 @@ class Run:
             asked = self.checkpoint in (e.checkpoint, str(e.step))
             same_time = e.settings.get("steps", 0) == trained_steps
             own = e.data == self.data_name
-            return own, e.split == "test", asked, e.weights == "ema", same_time, e.images, draws, e.step, e.stem
+            care = e.settings.get("least_steps", 1), -e.settings.get("rtol", 0.0)
+            return own, e.split == "test", asked, e.weights == "ema", same_time, e.images, draws, care, e.step, e.stem
 
         return max(evaluations, key=rank, default=None)
 

@@ -145,9 +145,10 @@ def provenance(e: Evaluation) -> str:
     if e.method == "ode":
         kind = "upper bound" if e.is_bound else "estimate"
         trace = "exact trace" if e.is_bound else f"{s.get('probes')} {s.get('trace')} probe(s)"
+        solver = f"{s.get('solver')} at {s.get('rtol'):g}, {s.get('least_steps', 1)} steps at least"
         parts = [
             f"{kind} (probability-flow ODE, {s.get('dequantization')} dequantization, K = {s.get('samples')} × "
-            f"{s.get('replicates')} replicates, {trace}, tolerance {s.get('rtol'):g})"
+            f"{s.get('replicates')} replicates, {trace}, {solver})"
         ]
     else:
         parts = [f"upper bound (VLB, {f'T = {steps}' if steps else 'continuous time'})"]
