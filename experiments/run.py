@@ -35,7 +35,7 @@ DIGITS = (
     "--training.evaluate-every 16000 --training.evaluate-times 8"
 ).split()
 PHOTOS = (
-    "--optimizer.decay none --optimizer.learning-rate 1e-3 --training.steps 1000 "
+    "--optimizer.decay none --optimizer.learning-rate 1e-3 --training.steps 500 "
     "--training.evaluate-every 2000 --training.save-every 4000"
 ).split()
 MAIN = ("vdm", "mulan", "mulan-velocity")

@@ -18,8 +18,8 @@ The likelihood by the probability flow (flow.py) of an image v dequantized to z 
 
 E L is a bound on -log p(v) that falls with K. With Hutchinson's trace log p(z|c) is unbiased but its exponential is
 not: K independent probes would push (5) below the bound, by about half the variance of a probe and more. So one probe
-is shared by the K draws of a replicate, and cancels from their comparison; the figure is called an estimate, and a
-bound only with the exact trace.
+is shared by the K draws of a replicate: the error that they have in common is then no weight of any of them. What is
+their own stays (docs/experiments.md). So the figure is called an estimate, and a bound only with the exact trace.
 """
 
 import math
