@@ -14,6 +14,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train MuLAN on digits, evaluate, sample, report: about ten minutes on two cores
 	$(BIN)/nelbo train mulan-digits --out $(DEMO)
 	test $(DEMO)/evaluations/test-best-ema-vlb-16x2.json -nt $(DEMO)/run.json || $(BIN)/nelbo evaluate $(DEMO)
+	test $(DEMO)/evaluations/test-best-ema-ode-truncated-normal-1x2-adams4-224-0.001-64.json -nt $(DEMO)/run.json || $(BIN)/nelbo evaluate $(DEMO) --method ode --images 64
 	test $(DEMO)/samples/best.png -nt $(DEMO)/run.json || $(BIN)/nelbo sample $(DEMO) --count 100 --out $(DEMO)/samples/best
 	$(BIN)/nelbo report $(DEMO)
 
