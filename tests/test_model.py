@@ -29,7 +29,7 @@ from nelbo.ode import METHODS
 from nelbo.parameterizations import PARAMETERIZATIONS, Noise, Velocity
 from nelbo.paths import PATHS, Straight, VariancePreserving
 from nelbo.pixels import DEQUANTIZATIONS
-from nelbo.schedules import INTERIORS
+from nelbo.schedules import BETAS, INTERIORS
 from nelbo.times import TIMES
 from toys import FLOAT, linear, polynomial, tensor
 
@@ -192,7 +192,8 @@ def test_impossible_models_are_refused(made, levels, classes):
     [
         (ScheduleConfig, "kind", INTERIORS),
         (EncoderConfig, "kind", networks.ENCODERS),
-        (NetworkConfig, "kind", networks.NETWORKS),
+        (NetworkConfig, "kind", {**networks.NETWORKS, **networks.TIMESTEP_NETWORKS}),
+        (ScheduleConfig, "form", BETAS),
         (ObjectiveConfig, "times", TIMES),
         (Config, "path", PATHS),
         (Config, "parameterization", PARAMETERIZATIONS),

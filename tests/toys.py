@@ -282,7 +282,8 @@ def expected_terms(toy, model, times=None, grid=None, steps=0, latent=None, per_
     eps, images = zeta[j].reshape(shape), toy.images[m].reshape(shape)
     terms = elbo(model, images, t=t, eps=eps, eps_0=eps, latent=draw, steps=steps, dtype=FLOAT)
     c = None if draw is None else draw.c[:1]
-    sums = {name: torch.zeros(len(toy.means), dtype=FLOAT) for name in Terms.__dataclass_fields__}
+    names = ("prior", "reconstruction", "diffusion", "latent", "valid_latent")
+    sums = {name: torch.zeros(len(toy.means), dtype=FLOAT) for name in names}
     for name, values in sums.items():
         values.index_add_(0, m, weights[j] * getattr(terms, name))
     sums["diffusion"] = diffusion_per_component(toy, model, times, grid, steps, c)

@@ -1,14 +1,16 @@
 """From a configuration to a model: the one place that turns names into parts."""
 
 import math
+from dataclasses import asdict
 
+import numpy as np
 import torch
 from torch import nn
 
 from nelbo import latents, networks, schedules
 from nelbo.config import Config
 from nelbo.errors import UserError
-from nelbo.model import DiffusionModel
+from nelbo.model import DiffusionModel, Reverse
 from nelbo.parameterizations import PARAMETERIZATIONS
 from nelbo.paths import PATHS
 
@@ -53,14 +55,46 @@ def _interior(config: Config, shape: tuple[int, int, int], ends: tuple[float, fl
     return schedules.Linear()
 
 
+def _table(config: Config) -> np.ndarray:
+    """gamma_n of a schedule of betas."""
+    own, schedule = config.schedule.betas, config.schedule
+    return schedules.gammas_of_betas(schedules.betas(schedule.form, schedule.timesteps) if own is None else own)
+
+
+def _ddpm(config: Config, shape: tuple[int, int, int], gammas: np.ndarray) -> nn.Module:
+    network, smallest = config.network, 2 ** (len(config.network.multipliers) - 1)
+    if shape[1] % smallest or shape[2] % smallest:
+        raise UserError(
+            f"network.multipliers = {network.multipliers} halves images {len(network.multipliers) - 1} times: height "
+            f"and width must be multiples of {smallest}, got {shape[1]}x{shape[2]}"
+        )
+    try:
+        unet = networks.ddpm_unet(
+            shape,
+            inputs=shape[0] * (1 + network.self_condition),
+            outputs=shape[0] * (1 + (config.reverse.variance == "learned")),
+            channels=network.channels,
+            multipliers=network.multipliers,
+            blocks=network.blocks,
+            attention=network.attention_at,
+            groups=network.groups,
+            dropout=network.dropout,
+        )
+    except ImportError as error:
+        raise UserError(f"network.kind = ddpm needs diffusers: pip install 'nelbo[ddpm]' ({error})") from None
+    return networks.TimestepNetwork(unet, gammas)
+
+
 def build_model(config: Config, shape: tuple[int, int, int], levels: int, classes: int | None = None) -> DiffusionModel:
     """The model of a configuration for images (C, H, W) of ``levels`` grey levels; weights from training.seed."""
     if not 2 <= levels <= 256:
         raise UserError(f"the number of grey levels must lie in 2 .. 256, got {levels}")
-    gamma_0 = config.schedule.gamma_min
+    gamma_0, gamma_1 = config.schedule.gamma_min, config.schedule.gamma_max
     if gamma_0 is None:
         gamma_0 = schedules.default_gamma_0(levels)
-    gamma_1 = config.schedule.gamma_max
+    table = _table(config) if config.schedule.kind == "betas" else None
+    if table is not None:
+        gamma_0, gamma_1 = float(table[0]), float(table[-1])
     if not gamma_0 < gamma_1:
         raise UserError(f"schedule.gamma_max must lie above gamma at t = 0 = {gamma_0:.3f}, got {gamma_1}")
     fourier = fourier_exponents(config, levels)
@@ -69,19 +103,23 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
         torch.manual_seed(config.training.seed)
         latent = _latent(config, classes)
         sees_latent = latent is not None and config.latent.network
-        unet = networks.NETWORKS[network.kind](
-            shape[0],
-            network.channels,
-            network.levels,
-            (latent.size if latent is not None and sees_latent else 0) + network.flag,
-            fourier,
-            gamma_0,
-            gamma_1,
-            groups=network.groups,
-            dropout=network.dropout,
-            attention_everywhere=network.attention == "everywhere",
-            checkpointing=network.checkpointing,
-        )
+        if network.kind == "ddpm":
+            assert table is not None  # a configuration says so
+            unet = _ddpm(config, shape, table)
+        else:
+            unet = networks.NETWORKS[network.kind](
+                shape[0],
+                network.channels,
+                network.levels,
+                (latent.size if latent is not None and sees_latent else 0) + network.flag,
+                fourier,
+                gamma_0,
+                gamma_1,
+                groups=network.groups,
+                dropout=network.dropout,
+                attention_everywhere=network.attention == "everywhere",
+                checkpointing=network.checkpointing,
+            )
         encoder: nn.Module | None = None
         if latent is not None and latent.heads:
             if config.encoder.kind == "cnn":
@@ -98,9 +136,8 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
                     dropout=network.dropout,
                     attention_everywhere=network.attention == "everywhere",
                 )
-        schedule = schedules.Schedule(
-            _interior(config, shape, (gamma_0, gamma_1)), gamma_0, gamma_1, config.schedule.ends
-        )
+        interior = _interior(config, shape, (gamma_0, gamma_1)) if table is None else schedules.Table(table)
+        schedule = schedules.Schedule(interior, gamma_0, gamma_1, config.schedule.ends)
     return DiffusionModel(
         unet,
         schedule,
@@ -114,6 +151,9 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
         flag=network.flag,
         prior_scale=config.objective.prior_scale,
         schedule_reads_image=config.latent.kind == "image",
+        data_scale=levels / (levels - 1) if config.data.encoding == "ends" else 1.0,
+        reverse=Reverse(**asdict(config.reverse)),
+        self_condition=network.self_condition,
     )
 
 

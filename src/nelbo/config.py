@@ -21,6 +21,7 @@ __all__ = [
     "NetworkConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "ReverseConfig",
     "ScheduleConfig",
     "TrainingConfig",
     "from_dict",
@@ -35,6 +36,8 @@ class DataConfig:
 
     source: str = "digits"
     """A built-in data set (digits, photos32), a .npy or .npz file of uint8 images, or a folder of image files."""
+    encoding: Literal["centres", "ends"] = "centres"
+    """x of a grey level: the centres of equal bins of [-1, 1] (VDM), or from -1 for black to 1 for white (DDPM)."""
     augment: Literal["none", "flip", "turn", "vdm"] = "none"
     """Changes to training images: horizontal flips; i-DODE's flips and quarter turns; VDM's, with channel swaps too."""
 
@@ -43,8 +46,9 @@ class DataConfig:
 class ScheduleConfig:
     """gamma(t, c) = -log SNR."""
 
-    kind: Literal["linear", "monotone", "pixel-monotone", "polynomial", "scalar-polynomial"] = "linear"
-    """Shape between the ends. polynomial and pixel-monotone: one curve per pixel; given c where there is a latent."""
+    kind: Literal["linear", "monotone", "pixel-monotone", "polynomial", "scalar-polynomial", "betas"] = "linear"
+    """Shape between the ends. polynomial and pixel-monotone: one curve per pixel; given c where there is a latent.
+    betas: DDPM's noise levels, whose ends follow from the betas."""
     ends: Literal["fixed", "learned", "free"] = "fixed"
     """fixed: constants; learned: trained from gamma_min and gamma_max; free: raw monotone network, ends move."""
     gamma_min: float | None = None
@@ -53,6 +57,12 @@ class ScheduleConfig:
     """gamma at t = 1."""
     width: int = 3072
     """Hidden features of the schedule network (3072 in public MuLAN, 1024 in VDM)."""
+    form: Literal["linear", "quadratic", "cosine", "sigmoid"] = "linear"
+    """betas: along the timesteps, beta itself linear or quadratic, or alpha^2 a cosine or sigmoid."""
+    timesteps: int = 1000
+    """betas: the number T of noise levels."""
+    betas: tuple[float, ...] | None = None
+    """betas: these ones, in place of a form's."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +97,29 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The denoiser: a U-Net without down-sampling."""
+    """The denoiser: a U-Net, without down-sampling (flat, pixel-noise) or with it (ddpm)."""
 
-    kind: Literal["flat", "pixel-noise"] = "flat"
-    """flat sees the mean of gamma over the image; pixel-noise sees gamma of every pixel."""
+    kind: Literal["flat", "pixel-noise", "ddpm"] = "flat"
+    """flat sees the mean of gamma over the image; pixel-noise sees gamma of every pixel; ddpm sees a timestep of betas
+    (it is diffusers' UNet2DModel)."""
     channels: int = 128
-    """Channels of every layer."""
+    """Channels of every layer; ddpm: of the first."""
     levels: int = 32
-    """Residual blocks on the way down; one more on the way up."""
+    """flat, pixel-noise: residual blocks on the way down; one more on the way up."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """ddpm: channels at each halving of the resolution, as multiples of channels."""
+    blocks: int = 2
+    """ddpm: residual blocks at each resolution."""
+    attention_at: tuple[int, ...] = (16,)
+    """ddpm: heights of the feature maps where attention acts, besides the middle."""
+    self_condition: bool = False
+    """ddpm: the network also gets its own estimate of the image (zeros half of the time in training)."""
     groups: int = 32
     """Groups of the group normalisation. With as many groups as channels the network cannot see time at all."""
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
     attention: Literal["middle", "everywhere"] = "middle"
-    """Where attention acts."""
+    """flat, pixel-noise: where attention acts."""
     fourier: tuple[float, ...] | None = None
     """Exponents f of the Fourier features sin, cos(2^f 2 pi z). By default log2(levels/4) and log2(levels/2)."""
     flag: bool = False
@@ -110,11 +129,37 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is minimised: the negative evidence lower bound."""
+class ReverseConfig:
+    """What the generative model does at finite T, and the decoder. An evaluation may choose otherwise."""
 
+    variance: Literal["fixed-small", "fixed-large", "learned"] = "fixed-small"
+    """Variance of a step of p: that of the posterior q(z_s|z_t,x); beta; an output of the network between the two."""
+    clip: bool = False
+    """Keep the estimate of x within the grey levels, in the bound too."""
+    decoder: Literal["levels", "gaussian"] = "levels"
+    """p(x|z_0): a softmax over grey levels around z_0 (VDM); the network's Gaussian, integrated over the bin (DDPM)."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised: the negative evidence lower bound, or a weighted error."""
+
+    loss: Literal["bound", "simple", "hybrid"] = "bound"
+    """bound; simple: the mean error of the network's output (DDPM); hybrid: simple, and the bound for the variance."""
     steps: int = 0
-    """T of the discrete-time bound; 0 is continuous time."""
+    """T of the discrete-time bound; 0 is continuous time. T noise levels of DDPM are T - 1 steps and the decoder."""
+    norm: Literal["l2", "l1"] = "l2"
+    """simple, hybrid: the error squared or its magnitude."""
+    weight: Literal["none", "snr", "min-snr", "p2"] = "none"
+    """simple, hybrid: weight of the error: none; that of the noise's error 1 (snr), min(SNR, c)/SNR, (k + SNR)^-g."""
+    min_snr: float = 5.0
+    """min-snr: c."""
+    p2_k: float = 1.0
+    """p2: k."""
+    p2_gamma: float = 1.0
+    """p2: g."""
+    hybrid: float = 0.001
+    """hybrid: weight of the bound in bits/dim beside the simple loss."""
     times: Literal["stratified", "uniform", "importance"] = "stratified"
     """How t is drawn over a batch in training: a grid with a random shift; independently; the grid by importance."""
     minimise_variance: bool = False
@@ -194,6 +239,7 @@ class Config:
     latent: LatentConfig = field(default_factory=LatentConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    reverse: ReverseConfig = field(default_factory=ReverseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -206,11 +252,11 @@ POSITIVE = (
     "schedule.width latent.size latent.k encoder.levels encoder.channels network.channels network.groups "
     "objective.prior_scale optimizer.learning_rate optimizer.schedule_learning_rate optimizer.eps "
     "training.steps training.batch training.accumulate training.log_every training.evaluate_images "
-    "training.evaluate_times training.keep"
+    "training.evaluate_times training.keep network.blocks objective.min_snr objective.hybrid objective.p2_k"
 ).split()
 NOT_NEGATIVE = (
-    "network.levels objective.steps objective.second_order optimizer.weight_decay optimizer.warmup optimizer.clip "
-    "training.seed training.evaluate_every training.sample_every training.save_every"
+    "network.levels objective.steps objective.p2_gamma objective.second_order optimizer.weight_decay "
+    "optimizer.warmup optimizer.clip training.seed training.evaluate_every training.sample_every training.save_every"
 ).split()
 FRACTIONS = "network.dropout optimizer.beta_1 optimizer.beta_2 optimizer.ema".split()
 
@@ -253,12 +299,13 @@ def check(config: Config) -> None:
         raise UserError(f"latent.k must be below latent.size = {latent.size}, got {latent.k}")
     if training.batch % training.accumulate:
         raise UserError(f"training.accumulate must divide training.batch = {training.batch}, got {training.accumulate}")
-    if config.data.augment != "none" and not network.flag:
+    if config.data.augment != "none" and not network.flag and network.kind != "ddpm":
         raise UserError(f"data.augment = {config.data.augment} needs network.flag = True, which tells the network")
     if schedule.gamma_min is not None and schedule.gamma_min >= schedule.gamma_max:
         raise UserError(
             f"schedule.gamma_min must lie below schedule.gamma_max = {schedule.gamma_max}, got {schedule.gamma_min}"
         )
+    _check_ddpm(config)
     if schedule.ends == "free" and schedule.kind not in ("monotone", "pixel-monotone"):
         raise UserError(f"schedule.ends = free needs schedule.kind monotone or pixel-monotone, got {schedule.kind}")
     if objective.minimise_variance and (schedule.kind, schedule.ends) not in (
@@ -303,6 +350,60 @@ def check(config: Config) -> None:
             "objective.minimise_variance needs optimizer.clip = 0 (the schedule's gradient is hundreds of times the "
             f"network's, which a common norm would crush), got {config.optimizer.clip}"
         )
+
+
+def _check_ddpm(config: Config) -> None:
+    """What a schedule of betas, a network of timesteps and the weighted losses need."""
+    schedule, network, objective, reverse = config.schedule, config.network, config.objective, config.reverse
+    if schedule.timesteps < 2:
+        raise UserError(f"schedule.timesteps must be at least 2, got {schedule.timesteps}")
+    if schedule.betas is not None:
+        if schedule.kind != "betas":
+            raise UserError(f"schedule.betas needs schedule.kind = betas, got {schedule.kind}")
+        if len(schedule.betas) < 2 or not all(0 < beta < 1 for beta in schedule.betas):
+            raise UserError("schedule.betas must be at least 2 numbers strictly between 0 and 1")
+    if schedule.kind == "betas" and (schedule.ends != "fixed" or schedule.gamma_min is not None):
+        raise UserError(
+            "schedule.kind = betas has its own ends: leave schedule.ends = fixed, schedule.gamma_min = None"
+        )
+    if network.kind == "ddpm":
+        if schedule.kind != "betas":
+            raise UserError(f"network.kind = ddpm sees timesteps: it needs schedule.kind = betas, got {schedule.kind}")
+        if network.flag or (config.latent.kind != "none" and config.latent.network):
+            raise UserError(
+                "network.kind = ddpm takes no conditioning: it needs network.flag = False and latent.kind = none or "
+                f"latent.network = False, got {network.flag}, {config.latent.kind} and {config.latent.network}"
+            )
+        if not network.multipliers or min(network.multipliers) < 1:
+            raise UserError(f"network.multipliers must be whole numbers above 0, got {network.multipliers}")
+    elif network.self_condition or reverse.variance == "learned":
+        raise UserError(
+            f"network.self_condition and reverse.variance = learned need network.kind = ddpm, got {network.kind}"
+        )
+    if reverse.decoder == "gaussian" and schedule.kind != "betas":
+        raise UserError(
+            f"reverse.decoder = gaussian has its variance from the first betas: schedule.kind must be betas, got "
+            f"{schedule.kind}"
+        )
+    if reverse.decoder == "gaussian" and not objective.steps:
+        raise UserError("reverse.decoder = gaussian is trained at finite T: objective.steps must be above 0 (T - 1)")
+    if objective.loss == "hybrid" and (reverse.variance != "learned" or not objective.steps):
+        raise UserError(
+            "objective.loss = hybrid trains the variance: it needs reverse.variance = learned and objective.steps "
+            f"above 0, got {reverse.variance} and {objective.steps}"
+        )
+    if objective.loss == "simple" and reverse.variance == "learned":
+        raise UserError("objective.loss = simple does not train reverse.variance = learned: use hybrid or bound")
+    if objective.loss != "bound":
+        for wanted, name in (
+            (objective.minimise_variance, "objective.minimise_variance"),
+            (objective.second_order > 0, "objective.second_order"),
+            (objective.times == "importance", "objective.times = importance"),
+            (config.latent.kind != "none", f"latent.kind = {config.latent.kind}"),
+            (schedule.ends != "fixed" or schedule.kind not in ("linear", "betas"), "a learned schedule"),
+        ):
+            if wanted:
+                raise UserError(f"{name} follows the bound: it needs objective.loss = bound, got {objective.loss}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -27,6 +27,9 @@ must keep clear of 159 and of what lies below. N = 224, for which the fastest wa
 an Adams method takes at least, of steps that are equal in tau:
 
     (7)  h <= (mean gamma(1) - mean gamma(0)) / (N mean gamma'(t))
+
+A network of timesteps sees t itself, n = t (T - 1), through sines of one radian a timestep and less, so of the same 159
+waves where T = 1000: there (7) is h <= 1/N.
 """
 
 import math
@@ -200,6 +203,8 @@ class Flow:
             raise ValueError(f"least_steps must be at least 1, got {least_steps}")
 
         def longest(t: Tensor, rows: Tensor) -> Tensor:
+            if self.model.schedule.timesteps:
+                return torch.full_like(t, 1 / least_steps)
             self.select(rows)
             rate = self.mean(self.at_work[0](t.to(self.precision or t.dtype))[1])
             return climb[rows] / (least_steps * rate)

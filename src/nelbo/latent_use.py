@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nelbo import pixels
 from nelbo.draws import Draws
 from nelbo.model import DiffusionModel
 
@@ -107,7 +106,7 @@ def latent_use(
     training = model.training
     model.eval()
     try:
-        n, x = len(chosen), pixels.encode(chosen, model.levels)
+        n, x = len(chosen), model.reals(chosen)
         if model.latent is None:
             curves, c = [model.schedule.given(x.flatten(1))] * draws, None
             kl = valid_kl = torch.zeros(n)

@@ -35,10 +35,10 @@ from torch import Tensor
 from nelbo import objectives, pixels, times
 from nelbo.draws import Draws
 from nelbo.flow import LEAST_STEPS, Flow, log_prior, time_of
-from nelbo.latents import PaperKHot
+from nelbo.latents import LatentDraw, PaperKHot
 from nelbo.model import DiffusionModel
 
-__all__ = ["BitsPerDim", "Estimate", "SolverError", "compare", "draw_terms", "ode", "ode_table", "vlb"]
+__all__ = ["BitsPerDim", "Estimate", "SolverError", "compare", "draw_terms", "draw_weighted", "ode", "ode_table", "vlb"]
 
 TERMS = ("prior", "reconstruction", "diffusion", "latent", "valid_latent")
 
@@ -63,7 +63,8 @@ class BitsPerDim:
     posterior's authors, where it differs (the paper's k-hot). draws_error: the draws' own part of the standard error,
     nan for a single shift. terms: bits/dim of each term. index: (n,) image indices. per_image: (n,) bits/dim.
     per_image_error: (n,) standard error from the draws. per_image_terms: term -> (n,) bits/dim. by_time: times and
-    diffusion terms of a VLB's draws. cost: what an ODE's solves took.
+    diffusion terms of a VLB's draws and the mean squared errors of x_hat there (n N R each). cost: what an ODE's
+    solves took.
     """
 
     value: Estimate
@@ -75,7 +76,7 @@ class BitsPerDim:
     per_image_error: np.ndarray
     per_image_terms: dict[str, np.ndarray]
     settings: dict[str, Any]
-    by_time: tuple[np.ndarray, np.ndarray] | None = None
+    by_time: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     is_bound: bool = True
     cost: dict[str, float] = field(default_factory=dict)
 
@@ -92,6 +93,14 @@ class BitsPerDim:
 
 class SolverError(ArithmeticError):
     """An ODE could not be solved to its end; the message says why and what to try."""
+
+
+def _reverse(model: DiffusionModel, steps: int) -> dict[str, Any]:
+    """What the figure depends on beside the method: the decoder and, at finite T, the reverse steps."""
+    settings: dict[str, Any] = {"decoder": model.reverse.decoder}
+    if steps:
+        settings["variance"] = model.reverse.variance
+    return settings | ({"clip": model.reverse.clip} if steps or model.reverse.decoder == "gaussian" else {})
 
 
 def _estimate(values: np.ndarray) -> Estimate:
@@ -128,28 +137,58 @@ def draw_terms(
     variance: bool = False,
     importance: bool = False,
     second_order: float = 0.0,
+    decoded: Tensor | None = None,
 ) -> objectives.Terms:
     """The bound's terms at times t (B,), with eps_0, eps and the latent's noise from ``draws``. (B,) nats each.
 
     Training and evaluation both call this. ``step`` anneals a one-hot latent's gradient; the others are as in
     ``objectives.elbo``, the probe of the second order from ``draws`` too.
     """
-    x = pixels.encode(images, model.levels)
-    noise = None if model.latent is None else model.latent.noise(draws)
-    latent = model.infer(x, noise, labels, step)
     return objectives.elbo(
         model,
         images,
         t=t,
         eps=draws.normal("eps", model.shape),
         eps_0=draws.normal("eps_0", model.shape),
-        latent=latent,
+        latent=_infer(model, images, draws, labels, step),
         flag=flag,
         steps=steps,
         variance=variance,
         importance=importance,
         second_order=second_order,
         probe=1.0 - 2.0 * (draws.uniform("probe", model.shape) < 0.5) if second_order else None,
+        decoded=decoded,
+    )
+
+
+def _infer(model: DiffusionModel, images: Tensor, draws: Draws, labels: Tensor | None, step: int) -> LatentDraw | None:
+    noise = None if model.latent is None else model.latent.noise(draws)
+    return model.infer(model.reals(images), noise, labels, step)
+
+
+def draw_weighted(
+    model: DiffusionModel,
+    images: Tensor,
+    weighting: objectives.Weighting | None,
+    t: Tensor,
+    draws: Draws,
+    *,
+    labels: Tensor | None = None,
+    flag: Tensor | None = None,
+    steps: int = 0,
+    step: int = 0,
+) -> objectives.Terms:
+    """``objectives.weighted`` with the same draws as ``draw_terms``; for training."""
+    return objectives.weighted(
+        model,
+        images,
+        weighting,
+        t=t,
+        eps=draws.normal("eps", model.shape),
+        eps_0=draws.normal("eps_0", model.shape) if model.reverse.decoder == "levels" else None,
+        latent=_infer(model, images, draws, labels, step),
+        flag=flag,
+        steps=steps,
     )
 
 
@@ -182,7 +221,8 @@ def vlb(
     label_tensor = None if labels is None else torch.as_tensor(labels)
     rows = np.arange(n * per_image)
     values = {name: np.empty(n * per_image) for name in TERMS}
-    row_times = np.empty(n * per_image)
+    row_times, row_errors = np.empty(n * per_image), np.full(n * per_image, math.nan)
+    own_decoder = model.reverse.decoder == "gaussian"  # another pass of the network: one in each shift
     device, training = model.device, model.training
     model.eval()
     try:
@@ -192,6 +232,7 @@ def vlb(
             key = index[image]
             u = Draws(seed, key, draw // times_per_shift, device).uniform("time")
             t = times.stratified(u, torch.as_tensor(draw % times_per_shift, device=device), times_per_shift)
+            decoded = np.flatnonzero(draw % times_per_shift == 0)
             terms = draw_terms(
                 model,
                 images[image].to(device),
@@ -199,10 +240,15 @@ def vlb(
                 Draws(seed, key, draw, device),
                 labels=None if label_tensor is None else label_tensor[image].to(device),
                 steps=steps,
+                decoded=torch.as_tensor(decoded, device=device) if own_decoder else None,
             )
             for name in TERMS:
                 values[name][chunk] = getattr(terms, name).double().cpu().numpy()
+            if own_decoder:
+                values["reconstruction"][chunk] *= times_per_shift
             row_times[chunk] = t.double().cpu().numpy()
+            if terms.squared_error is not None:
+                row_errors[chunk] = terms.squared_error.double().cpu().numpy()
             if progress is not None:
                 done = int(chunk[-1] + 1) // per_image
                 so_far = (
@@ -222,7 +268,7 @@ def vlb(
     return BitsPerDim(
         **_summary(valid, published if differs else None, terms_per_image),
         index=index,
-        by_time=(row_times, np.asarray(pixels.bits_per_dim(values["diffusion"], model.dimensions))),
+        by_time=(row_times, np.asarray(pixels.bits_per_dim(values["diffusion"], model.dimensions)), row_errors),
         settings={
             "method": "vlb",
             "times_per_shift": times_per_shift,
@@ -230,6 +276,7 @@ def vlb(
             "steps": steps,
             "seed": seed,
             "batch": batch,
+            **_reverse(model, steps),
         },
     )
 
@@ -400,11 +447,19 @@ def _solve_draws(
     gamma_0 = flow.gamma(t_0)
     level = dequantization.start(levels=model.levels)
     if level is not None:
+        if model.schedule.timesteps and not float(gamma_0.min()) <= level:
+            raise ValueError(
+                f"this dequantization starts at gamma = {level:.2f}, below the lowest noise the network was trained "
+                f"on, {float(gamma_0.min()):.2f}: use variational, or truncated-normal"
+            )
         t_0 = time_of(flow.gamma, level, t_0)
         gamma_0 = flow.gamma(t_0)
     alpha, sigma = model.path.coefficients(gamma_0)
     noise = draws.normal("eps_0", shape) if dequantization.noise == "normal" else draws.uniform("eps_0", shape)
-    start = dequantization.draw(images, alpha, sigma, model.levels, noise.to(dtype))
+    start = dequantization.draw(images, model.data_scale * alpha, sigma, model.levels, noise.to(dtype))
+    decoder = start.decoder
+    if isinstance(dequantization, pixels.Variational) and model.reverse.decoder == "gaussian":
+        decoder = -objectives.decoder_term(model, images, start.z.to(flow.precision or dtype), c)
     end = flow.transport(start.z, t_0, 1.0, divergence=True, **solver)
     if not end.solution.success:
         raise SolverError(end.solution.advice)
@@ -412,7 +467,7 @@ def _solve_draws(
     found = {
         "prior": log_prior(end.z, model.prior_scale),
         "divergence": end.divergence,
-        "decoder": start.decoder,
+        "decoder": decoder,
         "log_q": start.log_q,
         "entropy_form": start.entropy_form,
         "log_weight": log_weight,
@@ -434,7 +489,7 @@ def _latent_draw(
         return None, none, none, none
     # The encoder sees an image once, however many draws of it there are.
     _, first, place = np.unique(draws.index, return_index=True, return_inverse=True)
-    seen = pixels.encode(images[first], model.levels)
+    seen = model.reals(images[first])
     parameters = model.encode(seen, None if labels is None else labels[first].to(images.device))
     parameters = tuple(p[place] for p in parameters)
     # The paper's posterior is evaluated at its mode, as publicly: the k largest logits without noise.

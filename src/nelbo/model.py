@@ -2,18 +2,34 @@
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nelbo import pixels
 from nelbo.draws import Draws
 from nelbo.latents import Latent, LatentDraw
 from nelbo.parameterizations import Parameterization
 from nelbo.paths import Path
 from nelbo.schedules import Schedule
 
-__all__ = ["DiffusionModel"]
+__all__ = ["DiffusionModel", "Reverse"]
+
+
+@dataclass(frozen=True)
+class Reverse:
+    """What the generative model does between and at its noise levels (objectives.py, equations 10 to 12).
+
+    ``variance`` of p(z_s|z_t): fixed-small, that of q(z_s|z_t,x); fixed-large, that of q(z_t|z_s) on the VP path;
+    learned, between the two. ``clip``: x_hat is kept within [-1, 1]. ``decoder``: levels, a softmax over grey levels
+    around z_0; gaussian, the network's own Gaussian integrated over the bin.
+    """
+
+    variance: str = "fixed-small"
+    clip: bool = False
+    decoder: str = "levels"
 
 
 class DiffusionModel(nn.Module):
@@ -23,7 +39,9 @@ class DiffusionModel(nn.Module):
     ``parameterization``; ``shape`` (C, H, W) and ``levels`` of the images; ``latent`` with its ``encoder``
     (x -> parameters) or None; ``network_sees_latent`` and ``schedule_sees_latent``; ``flag``: whether the network has a
     column for augmented images; ``prior_scale``, the standard deviation s of p(z_1) = N(0, s^2 I);
-    ``schedule_reads_image``: MuLAN's ablation c = x_0, where the schedule is given x itself (objectives.py, eq. 7).
+    ``schedule_reads_image``: MuLAN's ablation c = x_0, where the schedule is given x itself (objectives.py, eq. 7);
+    ``data_scale``: x is so many times pixels.encode (DDPM's x reaches -1 and 1: L/(L - 1)); ``reverse``, what p(z_s|
+    z_t) and the decoder are; ``self_condition``: the network gets an estimate of x, its own.
     """
 
     def __init__(
@@ -41,6 +59,9 @@ class DiffusionModel(nn.Module):
         flag: bool = False,
         prior_scale: float = 1.0,
         schedule_reads_image: bool = False,
+        data_scale: float = 1.0,
+        reverse: Reverse | None = None,
+        self_condition: bool = False,
     ) -> None:
         super().__init__()
         self.network, self.schedule, self.path, self.parameterization = network, schedule, path, parameterization
@@ -48,6 +69,10 @@ class DiffusionModel(nn.Module):
         self.latent, self.encoder = latent, encoder
         self.network_sees_latent, self.schedule_sees_latent = network_sees_latent, schedule_sees_latent
         self.flag, self.prior_scale, self.schedule_reads_image = flag, prior_scale, schedule_reads_image
+        self.data_scale, self.reverse, self.self_condition = data_scale, reverse or Reverse(), self_condition
+        self.learned_variance = (
+            self.reverse.variance == "learned"
+        )  # of the network: a reverse of another kind may follow
         self.autocast: torch.dtype | None = None
 
     @property
@@ -80,14 +105,41 @@ class DiffusionModel(nn.Module):
         """The schedule given c: t (B,) -> (gamma, gamma')."""
         return self.schedule.given(c if self.schedule_sees_latent else None, interior_gradient)
 
+    def reals(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """x of whole-number images (B, C, H, W)."""
+        return self.data_scale * pixels.encode(images, self.levels, dtype)
+
     def forward(self, z: Tensor, gamma: Tensor, c: Tensor | None = None, flag: Tensor | None = None) -> Tensor:
         """The network's raw output for z (B, C, H, W) at gamma; ``flag`` (B,) is 1 where an image was augmented."""
+        return self.outputs(z, gamma, c, flag)[0]
+
+    def outputs(
+        self, z: Tensor, gamma: Tensor, c: Tensor | None = None, flag: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's output, and where the variance is learned the v of it (objectives.py, eq. 10), shaped as z."""
         columns = [c] if c is not None and self.network_sees_latent else []
         if self.flag:
             columns.append((z.new_zeros(len(z)) if flag is None else flag.to(z.dtype))[:, None])
         conditioning = torch.cat(columns, 1) if columns else None
+        if self.self_condition:
+            out = self._conditioned_on_itself(z, gamma, conditioning)
+        else:
+            with self._precision(z):
+                out = self.network(z, gamma, conditioning)
+        if self.learned_variance:
+            return out[:, : self.shape[0]], out[:, self.shape[0] :]
+        return out, None
+
+    def _conditioned_on_itself(self, z: Tensor, gamma: Tensor, conditioning: Tensor | None) -> Tensor:
+        """The network with its own estimate of x from a first pass (Chen et al. 2023): in training for half of the
+        examples, without gradient, and nothing for the others; otherwise always, so that out is a function of z."""
+        with torch.no_grad() if self.training else contextlib.nullcontext(), self._precision(z):
+            first = self.network(z, gamma, conditioning, torch.zeros_like(z))[:, : self.shape[0]]
+        estimate, _ = self.parameterization.solve(self.path, gamma, z, first)
+        if self.training:
+            estimate = estimate * (torch.rand(len(z), 1, 1, 1, device=z.device) < 0.5)
         with self._precision(z):
-            return self.network(z, gamma, conditioning)
+            return self.network(z, gamma, conditioning, estimate.to(z.dtype))
 
     def _precision(self, x: Tensor) -> Any:
         return torch.autocast(x.device.type, self.autocast) if self.autocast else contextlib.nullcontext()

@@ -26,9 +26,27 @@ constant) is a sample. Training may add the squared residual of the trace,
 which is i-DODE's on both paths, for velocity and noise (its normalised velocity on the straight path is 1/sqrt 2 of
 ours). The derivatives are estimated with one probe e, E[e e^T] = I, by sum w_i e_i (J e)_i, J = d out/d z. The square
 of the estimate exceeds (8) by its variance, a penalty on the other entries of J, as publicly.
+
+DDPM. At finite T the reverse steps may have another variance than q(z_s|z_t,x), and x_hat may be clipped to the data's
+range; with k = -expm1(gamma_s - gamma_t),
+
+    (10)  p(z_s|z_t) = N(mu(z_t, x_hat), sigma_p^2),   log sigma_p^2 = f log(k sigma_t^2) + (1 - f) log(k sigma_s^2)
+    (11)  KL(q(z_s|z_t,x) || p(z_s|z_t)) = 1/2 sum [ log(sigma_p^2/sigma_q^2) + sigma_q^2/sigma_p^2 - 1
+                                                     + (alpha_s k)^2 (x - x_hat)^2/sigma_p^2 ],  sigma_q^2 = k sigma_s^2
+
+f is 0 (fixed-small), 1 (fixed-large, DDPM's beta_t) or learned, f = (v + 1)/2, v an output of the network (Nichol and
+Dhariwal 2021, eq. 15). f = 0 without clipping is (5). DDPM's T noise levels are T - 1 such steps and the decoder at the
+first level, the same network's Gaussian around x_hat(z_0), integrated over the bin (pixels.py, equation 9). Its
+variance is (10) between the first two levels, where log(k sigma_t^2) is replaced by that of the first step of all,
+log sigma_0^2, if it is learned, and f is 0 if it is fixed: so in the public code, where q(z_{-1}|z_0,x) has variance 0.
+
+    (12)  weighted   E w |out - target|^p/D, p = 2 or 1, at uniform levels; in front of |eps - eps_hat|^2 stands
+          w = (det/alpha)^2 (none: the output's own error), 1 (SNR), min(SNR, 5)/SNR (min-SNR), (k + SNR)^-g (P2)
+    (13)  hybrid     (12) + lambda L,   L the bound (11) in bits/dim with the gradient of x_hat stopped, lambda = 0.001
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,19 +54,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nelbo import pixels, times
 from nelbo.latents import LatentDraw
-from nelbo.model import DiffusionModel
+from nelbo.model import DiffusionModel, Reverse
 from nelbo.schedules import Curve, Linear
 
 __all__ = [
     "GradientScale",
     "Terms",
+    "TermsAndError",
     "TermsAndSecondOrder",
+    "Weighting",
+    "decoder_term",
     "diffusion_term",
     "discrete_times",
     "elbo",
     "image_schedule_step",
     "prior_term",
+    "reverse_moments",
     "second_order_residual",
+    "weighted",
 ]
 
 
@@ -57,7 +80,8 @@ class Terms:
     """The four terms of the bound for each image, (B,) in nats.
 
     ``latent`` is what the posterior's authors charge, ``valid_latent`` what makes the sum a bound; they differ for the
-    paper's k-hot only.
+    paper's k-hot only. Beside them ``squared_error``, the mean over entries of (x - x_hat)^2 where the diffusion term
+    was taken, in units of encode's x.
     """
 
     prior: Tensor
@@ -65,6 +89,7 @@ class Terms:
     diffusion: Tensor
     latent: Tensor
     valid_latent: Tensor
+    squared_error: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def total(self) -> Tensor:
@@ -91,6 +116,45 @@ class TermsAndSecondOrder(Terms):
     @property
     def loss(self) -> Tensor:
         return self.total + self.second_order
+
+
+@dataclass(frozen=True)
+class TermsAndError(Terms):
+    """The bound's terms and, no part of it, the weighted error (12), (B,), of which training may minimise the sum with
+    ``hybrid`` times the bound (13). ``loss`` is in nats, so that in bits/dim it is the error itself."""
+
+    error: Tensor
+    hybrid: float
+    dimensions: int
+
+    @property
+    def loss(self) -> Tensor:
+        bound = self.hybrid * (self.reconstruction + self.diffusion) if self.hybrid else 0.0
+        return self.error * self.dimensions * math.log(2) + bound
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Equations (12) and (13). ``norm``: l2 or l1; ``weight``: none, snr, min-snr or p2; ``hybrid``: lambda."""
+
+    norm: str = "l2"
+    weight: str = "none"
+    min_snr: float = 5.0
+    p2_k: float = 1.0
+    p2_gamma: float = 1.0
+    hybrid: float = 0.0
+
+    def __call__(self, model: DiffusionModel, gamma: Tensor) -> Tensor:
+        """The weight of the output's error, shaped as gamma."""
+        if self.weight == "none":
+            return torch.ones_like(gamma)
+        of_noise = model.parameterization.weight(model.path, gamma)
+        snr = torch.exp(-gamma)
+        if self.weight == "min-snr":
+            return of_noise * snr.clamp(max=self.min_snr) / snr
+        if self.weight == "p2":
+            return of_noise * (self.p2_k + snr) ** -self.p2_gamma
+        return of_noise
 
 
 class GradientScale:
@@ -147,17 +211,133 @@ def diffusion_term(
     x, eps: (B, C, H, W) reals; t: (B,) in [0, 1); c: (B, size) or None; ``curve``, the schedule given c, where the
     caller already has it; ``density`` (B,), of t where it was not drawn uniformly: the term is divided by it.
     """
+    return _diffusion(model, x, t, eps, c, steps=steps, flag=flag, curve=curve, density=density)[0]
+
+
+def _diffusion(
+    model: DiffusionModel,
+    x: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    c: Tensor | None,
+    *,
+    steps: int,
+    flag: Tensor | None,
+    curve: Curve | None,
+    density: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``diffusion_term``, and the mean over entries of (x - x_hat)^2, (B,) each."""
     if model.schedule_reads_image:
-        return _image_schedule_term(model, x, t, eps, steps, flag)
+        return _image_schedule_term(model, x, t, eps, steps, flag), None
     curve = curve or model.curve(c)
+    t = _precise(model, t)
     if steps:
         s, t = discrete_times(t, steps)
     gamma, rate = curve(t)
+    z = model.path.diffuse(x, gamma, eps).to(x.dtype)
+    out, v = model.outputs(z, gamma, c, flag)
+    if steps and model.reverse != replace(model.reverse, variance="fixed-small", clip=False):
+        x_hat = _estimate(model, z, gamma, out)
+        return steps * _transition(model, x, x_hat, curve(s)[0], gamma, v), _mean_square(x - x_hat)
     weight = 0.5 * rate if not steps else 0.5 * steps * torch.expm1((gamma - curve(s)[0]).clamp(min=0))
-    z = model.path.diffuse(x, gamma, eps)
-    error = model(z, gamma, c, flag) - model.parameterization.target(model.path, gamma, x, eps)
-    term = (weight * model.parameterization.weight(model.path, gamma) * error**2).flatten(1).sum(1)
-    return term if density is None else term / density
+    gain = model.parameterization.weight(model.path, gamma)
+    square = (out - model.parameterization.target(model.path, gamma, x, eps)) ** 2
+    term = (weight * gain * square).flatten(1).sum(1)
+    error = (torch.exp(gamma) * gain * square).detach().flatten(1).mean(1)
+    return term if density is None else term / density, error
+
+
+def _precise(model: DiffusionModel, t: Tensor) -> Tensor:
+    """Times of a table are float64: its gamma must not move by a rounding of t."""
+    return t.double() if model.schedule.timesteps else t
+
+
+def _mean_square(values: Tensor) -> Tensor:
+    return (values.detach() ** 2).flatten(1).mean(1)
+
+
+def _estimate(model: DiffusionModel, z: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
+    """x_hat, clipped where the model does so."""
+    x_hat, _ = model.parameterization.solve(model.path, gamma, z, out)
+    return x_hat.clamp(-1, 1) if model.reverse.clip else x_hat
+
+
+def _log_variances(model: DiffusionModel, gamma_s: Tensor, gamma_t: Tensor) -> tuple[Tensor, Tensor]:
+    """log(k sigma_s^2) and log(k sigma_t^2), k kept above 0 where rounding would make it negative."""
+    log_k = torch.log((-torch.expm1(gamma_s - gamma_t)).clamp(min=torch.finfo(gamma_t.dtype).tiny))
+    (_, sigma_s), (_, sigma_t) = model.path.coefficients(gamma_s), model.path.coefficients(gamma_t)
+    return log_k + 2 * sigma_s.log(), log_k + 2 * sigma_t.log()
+
+
+def _between(variance: str, small: Tensor, large: Tensor, v: Tensor | None) -> Tensor:
+    """log sigma_p^2 of equation (10)."""
+    if variance == "learned":
+        assert v is not None, "the network has no output for the variance"
+        f = (v.to(small.dtype) + 1) / 2
+        return f * large + (1 - f) * small
+    return large if variance == "fixed-large" else small
+
+
+def _transition(
+    model: DiffusionModel, x: Tensor, x_hat: Tensor, gamma_s: Tensor, gamma_t: Tensor, v: Tensor | None
+) -> Tensor:
+    """Equation (11), (B,) nats."""
+    small, large = _log_variances(model, gamma_s, gamma_t)
+    log_p = _between(model.reverse.variance, small, large, v)
+    alpha_s, _ = model.path.coefficients(gamma_s)
+    moved = alpha_s * torch.expm1(gamma_s - gamma_t) * (x - x_hat)
+    kl = 0.5 * (log_p - small + torch.exp(small - log_p) - 1 + moved**2 * torch.exp(-log_p))
+    return kl.expand(x.shape).flatten(1).sum(1)
+
+
+def decoder_term(
+    model: DiffusionModel, images: Tensor, z_0: Tensor, c: Tensor | None = None, flag: Tensor | None = None
+) -> Tensor:
+    """-log p(images|z_0) by the network's Gaussian at the lowest noise level, (B,) nats; z_0 (B, C, H, W).
+
+    The lowest level is t = 0 of a table of T levels, whose second one t = 1/(T - 1) gives the variance.
+    """
+    curve, zero = model.curve(c), torch.zeros(len(z_0), dtype=torch.float64, device=z_0.device)
+    gamma = curve(zero)[0]
+    out, v = model.outputs(z_0, gamma, c, flag)
+    return _decoder(model, images, _estimate(model, z_0, gamma, out), v, curve)
+
+
+def _decoder(model: DiffusionModel, images: Tensor, x_hat: Tensor, v: Tensor | None, curve: Curve) -> Tensor:
+    if not model.schedule.timesteps:
+        raise ValueError("the gaussian decoder needs a schedule of betas: the first two levels give its variance")
+    zero = torch.zeros(1, dtype=torch.float64, device=x_hat.device)
+    first, second = curve(zero)[0], curve(zero + 1 / (model.schedule.timesteps - 1))[0]
+    small, _ = _log_variances(model, first, second)
+    learned = model.reverse.variance == "learned"
+    log_variance = _between("learned", small, 2 * model.path.coefficients(first)[1].log(), v) if learned else small
+    return -pixels.bin_log_likelihood(images, x_hat, log_variance, model.levels, model.data_scale)
+
+
+def reverse_moments(
+    model: DiffusionModel,
+    z: Tensor,
+    gamma_s: Tensor,
+    gamma_t: Tensor,
+    c: Tensor | None = None,
+    flag: Tensor | None = None,
+    reverse: Reverse | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and standard deviation of p(z_s|z_t), equation (10), and x_hat; in the precision of z (B, C, H, W).
+
+    ``reverse``: another variance, if it is a fixed one, and clipping than the model's own.
+    """
+    reverse = reverse or model.reverse
+    out, v = model.outputs(z, gamma_t, c, flag)
+    x_hat, eps_hat = model.parameterization.solve(model.path, gamma_t, z, out)
+    if reverse.clip:
+        alpha, sigma = model.path.coefficients(gamma_t)
+        x_hat = x_hat.clamp(-1, 1)
+        eps_hat = (z - alpha * x_hat) / sigma
+    mean, std = model.path.reverse(z, eps_hat, gamma_s, gamma_t)
+    if reverse.variance != "fixed-small":
+        std = torch.exp(0.5 * _between(reverse.variance, *_log_variances(model, gamma_s, gamma_t), v))
+    return mean.to(z.dtype), std.to(z.dtype), x_hat.to(z.dtype)
 
 
 def second_order_residual(
@@ -235,6 +415,7 @@ def elbo(
     importance: bool = False,
     second_order: float = 0.0,
     probe: Tensor | None = None,
+    decoded: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Terms:
     """All terms of equation (1) for whole-number images (B, C, H, W), from given times and noise.
@@ -243,10 +424,12 @@ def elbo(
     draw of q(c|x); ``flag`` (B,); ``steps`` T, 0 for continuous time. ``variance``: the interior of the schedule gets
     the gradient of the estimator's second moment (GradientScale). ``importance``: t is u of times.importance.
     ``second_order`` > 0: TermsAndSecondOrder, with this weight on equation (8), from ``probe`` (B, C, H, W).
+    ``decoded``: indices of the images whose gaussian decoder is asked, which costs another pass of the network; the
+    reconstruction of the others is given as 0. By default all.
     """
     if steps and (importance or second_order):
         raise ValueError("importance-sampled times and the second order are of continuous time: steps must be 0")
-    x = pixels.encode(images, model.levels, dtype)
+    x = model.reals(images, dtype)
     c = None if latent is None else latent.c
     scale = GradientScale() if variance else None
     if model.schedule_reads_image:
@@ -256,11 +439,14 @@ def elbo(
     density = None
     if importance:
         t, density = times.importance(t, curve, model.path, isinstance(model.schedule.interior, Linear))
+    t = _precise(model, t)
     gamma_0, _ = curve(torch.zeros_like(t))
     gamma_1, _ = curve(torch.ones_like(t))
-    z_0 = x + torch.exp(gamma_0 / 2) * eps_0  # over alpha_0: a product and a quotient would each round it
-    reconstruction = -pixels.log_likelihood(images, z_0, torch.ones_like(gamma_0), gamma_0, model.levels)
-    diffusion = diffusion_term(model, x, t, eps, c, steps=steps, flag=flag, curve=curve, density=density)
+    if model.reverse.decoder == "gaussian":
+        reconstruction = _decoded(model, images, x, gamma_0, eps_0, c, flag, decoded)
+    else:
+        reconstruction = _softmax(model, images, x, gamma_0, eps_0)
+    diffusion, error = _diffusion(model, x, t, eps, c, steps=steps, flag=flag, curve=curve, density=density)
     if scale:
         scale.factor = 2 * diffusion.detach()
     zero = torch.zeros_like(diffusion)
@@ -270,6 +456,7 @@ def elbo(
         diffusion=diffusion,
         latent=zero if latent is None else latent.kl,
         valid_latent=zero if latent is None else latent.valid_kl,
+        squared_error=None if error is None else error / model.data_scale**2,
     )
     if not second_order:
         return terms
@@ -277,3 +464,100 @@ def elbo(
     residual = second_order_residual(model, x, t, eps, probe, c, flag=flag, curve=curve)
     added = 0.5 * second_order * residual**2 / model.dimensions
     return TermsAndSecondOrder(**vars(terms), second_order=added if density is None else added / density)
+
+
+def _softmax(model: DiffusionModel, images: Tensor, x: Tensor, gamma_0: Tensor, eps_0: Tensor) -> Tensor:
+    """-log p(images|z_0) by equation (2) of pixels.py, (B,) nats, in units of encode's x."""
+    gamma_0 = gamma_0 - 2 * math.log(model.data_scale)
+    z_0 = x / model.data_scale + torch.exp(gamma_0 / 2) * eps_0  # over alpha_0: a product and a quotient would round it
+    return -pixels.log_likelihood(images, z_0, torch.ones_like(gamma_0), gamma_0, model.levels)
+
+
+def _decoded(
+    model: DiffusionModel,
+    images: Tensor,
+    x: Tensor,
+    gamma_0: Tensor,
+    eps_0: Tensor,
+    c: Tensor | None,
+    flag: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    """``decoder_term`` of the images in ``rows``, 0 for the others; (B,) nats."""
+    z_0 = model.path.diffuse(x, gamma_0, eps_0).to(x.dtype)
+    if rows is None:
+        return decoder_term(model, images, z_0, c, flag)
+    found = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    if len(rows):
+        c, flag = (None if v is None else v[rows] for v in (c, flag))
+        found[rows] = decoder_term(model, images[rows], z_0[rows], c, flag)
+    return found
+
+
+def weighted(
+    model: DiffusionModel,
+    images: Tensor,
+    weighting: Weighting | None,
+    *,
+    t: Tensor,
+    eps: Tensor,
+    eps_0: Tensor | None = None,
+    latent: LatentDraw | None = None,
+    flag: Tensor | None = None,
+    steps: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Terms:
+    """Equation (12) or (13) and, from the same pass of the network, a draw of the bound's terms; arguments as in
+    ``elbo``. Without a ``weighting`` the loss is the bound.
+
+    With a gaussian decoder t falls on one of the steps + 1 noise levels with equal chance, as in DDPM; the decoder is
+    asked at the first of them, a step of the chain at the others, each counted steps + 1 times: every image has one of
+    the two, not both.
+    """
+    x = model.reals(images, dtype)
+    c = None if latent is None else latent.c
+    curve, t = model.curve(c), _precise(model, t)
+    first = None
+    if model.reverse.decoder == "gaussian":
+        if not steps:
+            raise ValueError("a gaussian decoder is trained at finite T: give steps")
+        level = torch.floor(t * (steps + 1)).clamp(max=steps)
+        s, t, first = (level - 1).clamp(min=0) / steps, level / steps, level == 0
+    elif steps:
+        s, t = discrete_times(t, steps)
+    gamma, rate = curve(t)
+    z = model.path.diffuse(x, gamma, eps).to(dtype)
+    out, v = model.outputs(z, gamma, c, flag)
+    apart = out - model.parameterization.target(model.path, gamma, x, eps)
+    stopped = out.detach() if weighting is not None else out
+    x_hat = _estimate(model, z, gamma, stopped)
+    if steps:
+        gamma_s = torch.where(first.reshape(-1, 1, 1, 1), gamma - 1, curve(s)[0]) if first is not None else curve(s)[0]
+        diffusion = _transition(model, x, x_hat, gamma_s, gamma, v)
+    else:
+        diffusion = (0.5 * rate * model.parameterization.weight(model.path, gamma) * apart**2).flatten(1).sum(1)
+    if first is None:
+        assert eps_0 is not None, "the decoder needs noise of its own"
+        reconstruction = _softmax(model, images, x, curve(torch.zeros_like(t))[0], eps_0)
+        diffusion = diffusion * max(steps, 1)
+    else:
+        at = torch.nonzero(first)[:, 0]
+        reconstruction = torch.zeros_like(diffusion)
+        if len(at):
+            decoded = _decoder(model, images[at], x_hat[at], None if v is None else v[at], curve)
+            reconstruction = reconstruction.index_put((at,), (steps + 1) * decoded)
+        diffusion = torch.where(first, 0.0, (steps + 1) * diffusion)
+    zero = torch.zeros_like(diffusion)
+    terms = Terms(
+        prior=prior_term(model, x, curve(torch.ones_like(t))[0]),
+        reconstruction=reconstruction,
+        diffusion=diffusion,
+        latent=zero if latent is None else latent.kl,
+        valid_latent=zero if latent is None else latent.valid_kl,
+        squared_error=_mean_square(x - x_hat) / model.data_scale**2,
+    )
+    if weighting is None:
+        return terms
+    size = apart.abs() if weighting.norm == "l1" else apart**2
+    error = (weighting(model, gamma) * size).flatten(1).mean(1)
+    return TermsAndError(**vars(terms), error=error, hybrid=weighting.hybrid, dimensions=model.dimensions)

@@ -4,6 +4,12 @@ r"""Integers and reals: grey levels v = 0 .. L - 1, their values x, and the deco
 (2)  log p(v|z_0) = log softmax_v( -1/2 (z_0/alpha_0 - x(v))^2 exp(-gamma_0) )      per entry (VDM section 3.3)
 (3)  bits/dim = nats / (C H W log 2)
 
+A model may see data of another scale, s x: DDPM's 2 v/(L - 1) - 1 is s = L/(L - 1), and half a bin is s/L everywhere.
+A Gaussian of the network's own, with mean m and standard deviation d, gives a grey level its part over the bin of v,
+the outer bins open (DDPM eq. 13):
+
+    (9)  p(v) = Phi((s x + s/L - m)/d) - Phi((s x - s/L - m)/d),      Phi(+inf) at v = L - 1, Phi(-inf) at v = 0
+
 A density p(z) of reals becomes a likelihood of whole numbers by a draw z_0 = alpha x + ... of q(z_0|v), whose
 log-density is subtracted:
 
@@ -35,6 +41,7 @@ __all__ = [
     "DEQUANTIZATIONS",
     "Dequantization",
     "Dequantized",
+    "bin_log_likelihood",
     "bits_per_dim",
     "check_images",
     "decode",
@@ -71,6 +78,23 @@ def log_likelihood(images: Tensor, z_0: Tensor, alpha_0: Tensor, gamma_0: Tensor
     """log p(images|z_0) in nats, (B,)."""
     log_probs = level_log_probs(z_0, alpha_0, gamma_0, levels)
     return log_probs.gather(-1, images.long()[..., None]).flatten(1).sum(1)
+
+
+def bin_log_likelihood(
+    images: Tensor, mean: Tensor, log_variance: Tensor, levels: int, data_scale: float = 1.0
+) -> Tensor:
+    """Equation (9): log p(images) in nats, (B,) float64, by a Gaussian per entry; mean and log_variance broadcast."""
+    x = data_scale * encode(images, levels, torch.float64)
+    inverse, half = torch.exp(-0.5 * log_variance.double()), data_scale / levels
+    above, below = ((x + side - mean.double()) * inverse for side in (half, -half))
+    # log(Phi(a) - Phi(b)), taken in the tail that both ends lie in: Phi(a) - Phi(b) = Phi(-b) - Phi(-a).
+    flip = above + below > 0
+    upper, lower = torch.where(flip, -below, above), torch.where(flip, -above, below)
+    log_upper = torch.special.log_ndtr(upper)
+    inside = log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
+    lowest, highest = torch.special.log_ndtr(above), torch.special.log_ndtr(-below)
+    found = torch.where(images == 0, lowest, torch.where(images == levels - 1, highest, inside))
+    return found.flatten(1).sum(1)
 
 
 def decode(z_0: Tensor, alpha_0: Tensor, gamma_0: Tensor, levels: int, uniform: Tensor | None = None) -> Tensor:

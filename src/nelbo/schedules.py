@@ -19,19 +19,31 @@ written c throughout this library; the papers write both as z.
 gamma_0 is by default chosen so that noise and bin width keep the ratio that they have at 256 grey levels:
 
     (4)  gamma_0 = -13.3 + 2 log(256/L)
+
+The discrete process of DDPM is a table: T noise levels from betas, abar_n = prod_{m <= n} (1 - beta_m), n = 0 .. T - 1,
+
+    (5)  gamma_n = log((1 - abar_n)/abar_n) = log(-expm1(S_n)) - S_n,      S_n = sum_{m <= n} log1p(-beta_m)
+
+at the times t = n/(T - 1), with a monotone cubic between them (PCHIP: gamma and gamma' continuous, every gamma_n
+exact), so that what is said in continuous time holds too. gamma is never taken beyond gamma_0 and gamma_{T-1}. A
+table's gamma is float64: gamma_n - gamma_{n-1} is a hundredth of it, and the timestep n is read off it (networks/).
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nelbo.cubics import MonotoneCubic
 from nelbo.networks.layers import initialise, zero
 
 __all__ = [
+    "BETAS",
     "INTERIORS",
     "Interior",
     "Linear",
@@ -39,7 +51,10 @@ __all__ = [
     "PixelMonotone",
     "Polynomial",
     "Schedule",
+    "Table",
+    "betas",
     "default_gamma_0",
+    "gammas_of_betas",
 ]
 
 Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -48,6 +63,45 @@ Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
 def default_gamma_0(levels: int) -> float:
     """Equation (4): -13.3 for 256 grey levels, the same ratio of noise to bin width for any other number."""
     return -13.3 + 2 * math.log(256 / levels)
+
+
+def _from_alpha_bar(alpha_bar: Callable[[np.ndarray], np.ndarray], timesteps: int) -> np.ndarray:
+    """betas whose products follow abar(u)/abar(0), u = 0 .. 1, each at most 0.999."""
+    along = alpha_bar(np.arange(timesteps + 1) / timesteps)
+    return np.clip(1 - along[1:] / along[:-1], 0, 0.999)
+
+
+def _sigmoid(u: Any) -> Any:
+    return 1 / (1 + np.exp(-u))
+
+
+# DDPM's straight line and its root's, 1000/T times as steep so that about as much noise comes with any T above 20;
+# Nichol and Dhariwal's cosine (2021, eq. 17), s = 0.008; Jabri et al.'s sigmoid from -3 to 3 (2022, figure 8).
+BETAS: dict[str, Callable[[int], np.ndarray]] = {
+    "linear": lambda n: 1000 / n * np.linspace(1e-4, 0.02, n),
+    "quadratic": lambda n: 1000 / n * np.linspace(math.sqrt(1e-4), math.sqrt(0.02), n) ** 2,
+    "cosine": lambda n: _from_alpha_bar(lambda u: np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, n),
+    "sigmoid": lambda n: _from_alpha_bar(lambda u: _sigmoid(3.0) - _sigmoid(6 * u - 3), n),
+}
+
+
+def betas(kind: str, timesteps: int) -> np.ndarray:
+    """The betas of a named form, (T,) float64."""
+    if kind not in BETAS:
+        raise ValueError(f"betas must be one of {', '.join(BETAS)}, got {kind!r}")
+    return BETAS[kind](timesteps)
+
+
+def gammas_of_betas(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Equation (5): betas (T,) strictly between 0 and 1 -> gamma_n (T,) float64, rising."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2 or not np.all((values > 0) & (values < 1)):
+        raise ValueError(
+            "betas must be at least 2 numbers strictly between 0 and 1 (a beta of 1 leaves no signal: gamma would be "
+            f"infinite), got {values.size} from {values.min(initial=math.inf):g} to {values.max(initial=-math.inf):g}"
+        )
+    log_alpha_bar = np.cumsum(np.log1p(-values))
+    return np.log(-np.expm1(log_alpha_bar)) - log_alpha_bar
 
 
 def _positive(weight: Tensor) -> Tensor:
@@ -62,6 +116,8 @@ def _column(t: Tensor) -> Tensor:
 
 class Interior(nn.Module, ABC):
     """The shape u(t, c) of a schedule between its ends; ``raw(c)`` gives t (B, 1, 1, 1) -> (r, r') unnormalised."""
+
+    timesteps = 0
 
     @abstractmethod
     def raw(self, c: Tensor | None) -> Curve:
@@ -121,6 +177,11 @@ class Schedule(nn.Module):
             return self.gamma_0 + span * u, span * rate
 
         return curve
+
+    @property
+    def timesteps(self) -> int:
+        """T where the schedule is a table of T noise levels, 0 otherwise."""
+        return self.interior.timesteps
 
     def forward(self, t: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """gamma(t, c) and d gamma/dt: t (B,), c (B, size) or None; each broadcastable to (B, C, H, W)."""
@@ -261,7 +322,29 @@ class Polynomial(Interior):
         return curve
 
 
+class Table(Interior):
+    """Equation (5) between its points: gamma_n (T,), rising, at t = n/(T - 1). Buffers, no parameters; float64."""
+
+    def __init__(self, gammas: Sequence[float] | np.ndarray) -> None:
+        super().__init__()
+        gammas = np.asarray(gammas, dtype=np.float64)
+        if gammas.ndim != 1 or len(gammas) < 2 or not np.all(np.diff(gammas) > 0):
+            raise ValueError(f"a table needs at least 2 values of gamma that rise, got {gammas.size}")
+        self.timesteps = len(gammas)
+        self.cubic = MonotoneCubic(np.arange(len(gammas)), gammas)
+
+    def raw(self, c: Tensor | None) -> Curve:
+        intervals = self.timesteps - 1
+
+        def curve(t: Tensor) -> tuple[Tensor, Tensor]:
+            value, rate = self.cubic(t.double() * intervals)
+            return value, rate * intervals
+
+        return curve
+
+
 INTERIORS: dict[str, type[Interior]] = {
+    "betas": Table,
     "linear": Linear,
     "monotone": Monotone,
     "pixel-monotone": PixelMonotone,

@@ -34,14 +34,15 @@ from nelbo.errors import UserError
 from nelbo.logs import Log
 from nelbo.memory import memory_estimate
 from nelbo.model import DiffusionModel
-from nelbo.objectives import Terms
+from nelbo.objectives import Terms, Weighting
 from nelbo.optimizers import learning_rate_factor, parameter_groups, update_ema
 from nelbo.stopping import Stopped, listen
 
 __all__ = ["train"]
 
 TERMS = ("prior", "reconstruction", "diffusion", "latent", "valid_latent")
-ADDED = "second_order"  # what the loss holds beside the bound, where objective.second_order is above 0
+# What the loss holds beside the bound, where objective.second_order is above 0; what it is, where it is not the bound.
+ADDED = ("second_order", "error")
 
 
 class Loss(nn.Module):
@@ -50,6 +51,12 @@ class Loss(nn.Module):
     def __init__(self, model: DiffusionModel, config: Config) -> None:
         super().__init__()
         self.model, self.config = model, config
+        o = config.objective
+        self.weighted = o.loss != "bound" or model.reverse.decoder == "gaussian"
+        self.weighting = None
+        if o.loss != "bound":
+            hybrid = o.hybrid if o.loss == "hybrid" else 0.0
+            self.weighting = Weighting(o.norm, o.weight, o.min_snr, o.p2_k, o.p2_gamma, hybrid)
 
     def forward(self, batch: Batch, part: slice, step: int) -> Terms:
         config, device = self.config, self.model.device
@@ -60,14 +67,22 @@ class Loss(nn.Module):
         keys = batch.index[part] if config.objective.times == "uniform" else [step] * len(positions)
         u = Draws(seed, keys, 0, device).uniform("time")
         labels = None if batch.labels is None else torch.from_numpy(batch.labels[part]).to(device)
+        flag = torch.from_numpy(batch.flag[part]).to(device)
+        images = torch.from_numpy(np.ascontiguousarray(batch.images[part])).to(device)
+        t = times.TIMES[config.objective.times](u, positions, size)
+        steps = config.objective.steps
+        if self.weighted:
+            return likelihood.draw_weighted(
+                self.model, images, self.weighting, t, draws, labels=labels, flag=flag, steps=steps, step=step
+            )
         return likelihood.draw_terms(
             self.model,
-            torch.from_numpy(np.ascontiguousarray(batch.images[part])).to(device),
-            times.TIMES[config.objective.times](u, positions, size),
+            images,
+            t,
             draws,
             labels=labels,
-            flag=torch.from_numpy(batch.flag[part]).to(device),
-            steps=config.objective.steps,
+            flag=flag,
+            steps=steps,
             step=step,
             variance=config.objective.minimise_variance,
             importance=config.objective.times == "importance",
@@ -103,6 +118,10 @@ class Trainer:
             data.images["train"], None if data.labels is None else data.labels["train"],
             training.batch, training.seed, config.data.augment,
         )  # fmt: skip
+        objective = config.objective
+        self.added = [name for name, wanted in zip(
+            ADDED, (objective.second_order > 0, objective.loss != "bound"), strict=True
+        ) if wanted]  # fmt: skip
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, float] | None = None
         self.window = self.empty_window()
@@ -110,7 +129,7 @@ class Trainer:
     @staticmethod
     def empty_window() -> dict[str, float]:
         """Sums over the steps since the last line of the log."""
-        return dict.fromkeys(("steps", "seconds", *TERMS, ADDED, "gradient_norm"), 0.0)
+        return dict.fromkeys(("steps", "seconds", *TERMS, *ADDED, "gradient_norm"), 0.0)
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -199,7 +218,7 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
         batch, size = self.batches.batch_at(self.step), training.batch // self.parts
-        names = (*TERMS, ADDED) if config.objective.second_order else TERMS
+        names = (*TERMS, *self.added)
         sums = torch.zeros(len(names), device=self.accelerator.device)
         for part in range(training.accumulate):
             start = (part * self.processes + first) * size
@@ -214,6 +233,8 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         bits = (float(pixels.bits_per_dim(value, self.model.dimensions)) for value in sums.tolist())
         figures = dict(zip(names, bits, strict=True))
+        if "error" in figures:  # a mean over entries already
+            figures["error"] = float(sums[names.index("error")])
         figures["gradient_norm"] = float(norm)
         self.check_finite(figures)
         if config.optimizer.clip:
@@ -259,8 +280,7 @@ class Trainer:
             "terms": terms,
             "gradient_norm": self.window["gradient_norm"] / steps,
         }
-        if self.config.objective.second_order:
-            line[ADDED] = self.window[ADDED] / steps
+        line |= {name: self.window[name] / steps for name in self.added}
         self.window = self.empty_window()
         return line
 

@@ -1,6 +1,18 @@
-"""The networks: U-Nets without down-sampling, and the encoders of the auxiliary latent."""
+"""The networks: U-Nets without down-sampling, DDPM's with it, and the encoders of the auxiliary latent."""
 
 from nelbo.networks.encoders import ENCODERS, CNNEncoder, UNetEncoder
+from nelbo.networks.timesteps import TIMESTEP_NETWORKS, DiffusersUNet, TimestepNetwork, ddpm_unet
 from nelbo.networks.unet import NETWORKS, FlatUNet, PixelNoiseUNet
 
-__all__ = ["ENCODERS", "NETWORKS", "CNNEncoder", "FlatUNet", "PixelNoiseUNet", "UNetEncoder"]
+__all__ = [
+    "ENCODERS",
+    "NETWORKS",
+    "TIMESTEP_NETWORKS",
+    "CNNEncoder",
+    "DiffusersUNet",
+    "FlatUNet",
+    "PixelNoiseUNet",
+    "TimestepNetwork",
+    "UNetEncoder",
+    "ddpm_unet",
+]
