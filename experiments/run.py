@@ -76,6 +76,7 @@ def entries() -> list[Entry]:
     return queue + [Entry(f"{n}-photos32", f"{n}-photos32", tuple(PHOTOS), 0) for n in MAIN]
 
 
+LONGER = "--training.steps 6000"
 # What follows from the main comparison (see docs/experiments.md): name, preset, changed fields.
 FOLLOW_UPS: tuple[tuple[str, str, str], ...] = (
     # Is it the learned noise, or that VDM's ends move?
@@ -83,6 +84,13 @@ FOLLOW_UPS: tuple[tuple[str, str, str], ...] = (
     # Does the schedule learn too slowly, or too fast?
     ("mulan-digits-schedule-rate-x5", "mulan-digits", "--optimizer.schedule-learning-rate 1e-2"),
     ("mulan-digits-schedule-rate-x0.2", "mulan-digits", "--optimizer.schedule-learning-rate 4e-4"),
+    # Is the latent too dear? Its charge left out of the loss, or down to a tenth; the bound charges it in full.
+    ("mulan-digits-latent-free", "mulan-digits", "--objective.latent-weight 0"),
+    ("mulan-digits-latent-at-a-tenth", "mulan-digits", "--objective.latent-weight 0.1"),
+    # Too few steps? Three times as many.
+    ("vdm-digits-x3-steps", "vdm-digits", LONGER),
+    ("mulan-digits-x3-steps", "mulan-digits", LONGER),
+    ("mulan-linear-digits-x3-steps", "mulan-linear-digits", LONGER),
 )
 
 

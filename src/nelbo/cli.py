@@ -52,7 +52,7 @@ class Evaluate:
     """The bound of a run, or its likelihood by ODE, in bits per dimension; writes RUN/evaluations/*.json."""
 
     run: Run
-    """A run folder."""
+    """A run folder; or a diffusers pipeline of a DDPM, its folder or hub id, with --data."""
     method: Literal["vlb", "ode"] = "vlb"
     """vlb: the variational bound; ode: the likelihood by the probability flow (killed, the same command goes on)."""
     checkpoint: str = "best"
@@ -75,8 +75,14 @@ class Evaluate:
     """vlb: independent shifts of the time grid; 2 or more give the draws' own error."""
     steps: int | None = None
     """vlb: T of the discrete bound, 0 for continuous time. By default the T of training."""
-    dequantization: Literal["truncated-normal", "uniform", "variational"] = "truncated-normal"
-    """ode: noise that makes reals of grey levels; variational: Gaussian, with the model's decoder."""
+    variance: Literal["fixed-small", "fixed-large", "learned"] | None = None
+    """vlb: variance of the steps at finite T (DDPM's beta~, beta, or the network's). By default the model's own."""
+    clip: Literal["on", "off"] | None = None
+    """Whether x_hat is kept within the grey levels, at finite T and in a gaussian decoder. By default as the model
+    does."""
+    dequantization: Literal["truncated-normal", "uniform", "variational"] | None = None
+    """ode: noise that makes reals of grey levels; variational: Gaussian, with the model's decoder. By default
+    truncated-normal, and variational where the decoder is the network's own Gaussian (DDPM)."""
     samples: int = 1
     """ode: importance samples K of noise and latent per image and replicate (20 in MuLAN's and i-DODE's papers)."""
     replicates: int = 2
@@ -99,6 +105,9 @@ class Evaluate:
     """ode: precision of the state; the network's is float32."""
     compare: Path | None = None
     """Another run: the paired difference per image, same draws, with its error."""
+    out: Path | None = None
+    """Folder whose evaluations/ the figures go to. By default that of the run, or evaluations/NAME here for others'
+    checkpoints."""
     per_image: Path | None = None
     """Write index, bits/dim, terms and error of every image to this CSV file."""
     device: str | None = None
@@ -205,14 +214,18 @@ def _evaluate(command: Evaluate) -> None:
     from nelbo.progress import Progress
 
     names = {f.name for f in dataclasses.fields(evaluation.Settings)}
-    settings = evaluation.Settings(**{k: v for k, v in vars(command).items() if k in names})
+    chosen = {k: v for k, v in vars(command).items() if k in names}
+    chosen["clip"] = None if command.clip is None else command.clip == "on"
+    settings = evaluation.Settings(**chosen)
     device = choose_device(command.device)
     with Progress() as progress:
 
         def seen(run: str, done: int, images: int, bits: float) -> None:
             progress.update(run, done, images, f"{bits:.4f} bits/dim" if done else "")
 
-        found = evaluation.evaluate(command.run, settings, compare=command.compare, device=device, progress=seen)
+        found = evaluation.evaluate(
+            command.run, settings, compare=command.compare, out=command.out, device=device, progress=seen
+        )
     if command.per_image is not None:
         write_aside(command.per_image, evaluation.per_image_csv(found.result))
     _print_evaluation(command, found)
@@ -225,9 +238,11 @@ def _print_evaluation(command: Evaluate, found: Any) -> None:
 
     record, result = found.record, found.result
     data, seen, whole = record["data"], record["images"], record["images_in_split"]
+    step, kind = record["checkpoint"]["step"], record["source"]
     print(
-        f"{command.run}, step {record['checkpoint']['step']}, {record['weights']} weights: "
-        f"{'' if seen == whole else f'{seen} of '}{whole} {record['split']} images of {data['name']} "
+        f"{command.run}, {f'step {step}' if step is not None else f'from {kind}'}"
+        + (f", {record['weights']} weights: " if kind == "nelbo" else ": ")
+        + f"{'' if seen == whole else f'{seen} of '}{whole} {record['split']} images of {data['name']} "
         f"(version {data['version']})"
     )
     table = Table("", "bits/dim", "standard error")
@@ -264,6 +279,7 @@ def _print_evaluation(command: Evaluate, found: Any) -> None:
     for b in record["baselines"]:
         row(b["name"], b["bits_per_dim"], b["standard_error"], "dim")
     Console(width=None if sys.stdout.isatty() else 98).print(table)
+    print(_conditions(settings))
     if seen < whole and record["baselines"]:
         print(f"the references at the foot were measured on all {whole} images")
     if cost := record["cost"]:
@@ -272,6 +288,18 @@ def _print_evaluation(command: Evaluate, found: Any) -> None:
             f"{cost['rejected_per_solve']:.1f} steps rejected), {cost['seconds_per_image']:.2f} seconds an image"
         )
     print(f"written: {found.path}" + (f", {command.per_image}" if command.per_image else ""))
+
+
+def _conditions(settings: dict[str, Any]) -> str:
+    """What a figure is not comparable without: decoder, variance, clipping."""
+    decoders = {
+        "levels": "softmax over levels around z_0",
+        "gaussian": "the network's Gaussian, integrated over the bin",
+        None: "none (z_0 lies in its bin)",
+    }
+    found = f"decoder: {decoders[settings['decoder']]}"
+    found += f"; variance of p(z_s|z_t): {settings['variance']}" if "variance" in settings else ""
+    return found + ("" if "clip" not in settings else "; x_hat clipped" if settings["clip"] else "; x_hat not clipped")
 
 
 def _sample(command: Sample) -> None:

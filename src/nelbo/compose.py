@@ -14,7 +14,7 @@ from nelbo.model import DiffusionModel, Reverse
 from nelbo.parameterizations import PARAMETERIZATIONS
 from nelbo.paths import PATHS
 
-__all__ = ["build_model", "noise_parameters"]
+__all__ = ["build_model", "noise_parameters", "table_model"]
 
 
 def fourier_exponents(config: Config, levels: int) -> tuple[float, ...]:
@@ -154,6 +154,29 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
         data_scale=levels / (levels - 1) if config.data.encoding == "ends" else 1.0,
         reverse=Reverse(**asdict(config.reverse)),
         self_condition=network.self_condition,
+    )
+
+
+def table_model(
+    network: nn.Module,
+    gammas: np.ndarray,
+    shape: tuple[int, int, int],
+    levels: int,
+    parameterization: str,
+    reverse: Reverse,
+    self_condition: bool = False,
+) -> DiffusionModel:
+    """A network of timesteps, (z, n, estimate) -> output, trained on noise levels gamma_n (T,) and x from -1 to 1."""
+    return DiffusionModel(
+        networks.TimestepNetwork(network, gammas),
+        schedules.Schedule(schedules.Table(gammas), float(gammas[0]), float(gammas[-1])),
+        PATHS["vp"](),
+        PARAMETERIZATIONS[parameterization](),
+        shape,
+        levels,
+        data_scale=levels / (levels - 1),
+        reverse=reverse,
+        self_condition=self_condition,
     )
 
 

@@ -166,6 +166,8 @@ class ObjectiveConfig:
     """Train the schedule's interior on the estimator's variance (VDM appendix I.2) instead of on the bound."""
     second_order: float = 0.0
     """Weight of i-DODE's second-order term, added in training only (0.1 in the paper, to fine-tune a trained model)."""
+    latent_weight: float = 1.0
+    """Weight of the latent's charge in the loss; every figure charges it in full."""
     prior_scale: float = 1.0
     """Standard deviation of the prior p(z_1)."""
 
@@ -255,7 +257,7 @@ POSITIVE = (
     "training.evaluate_times training.keep network.blocks objective.min_snr objective.hybrid objective.p2_k"
 ).split()
 NOT_NEGATIVE = (
-    "network.levels objective.steps objective.p2_gamma objective.second_order optimizer.weight_decay "
+    "network.levels objective.steps objective.latent_weight objective.p2_gamma objective.second_order optimizer.weight_decay "
     "optimizer.warmup optimizer.clip training.seed training.evaluate_every training.sample_every training.save_every"
 ).split()
 FRACTIONS = "network.dropout optimizer.beta_1 optimizer.beta_2 optimizer.ema".split()

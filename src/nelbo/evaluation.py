@@ -24,7 +24,8 @@ from nelbo.flow import LEAST_STEPS
 from nelbo.latent_use import latent_use
 from nelbo.latents import Label
 from nelbo.likelihood import BitsPerDim, Estimate
-from nelbo.model import DiffusionModel
+from nelbo.model import DiffusionModel, Reverse
+from nelbo.resolve import Source, resolve
 
 __all__ = ["Evaluation", "Settings", "evaluate", "per_image_csv", "time_bins"]
 
@@ -45,8 +46,11 @@ class Settings:
     times: int = 16
     shifts: int = 2
     steps: int | None = None
+    variance: str | None = None
+    # both
+    clip: bool | None = None
     # ode
-    dequantization: str = "truncated-normal"
+    dequantization: str | None = None
     samples: int = 1
     replicates: int = 2
     trace: str = "rademacher"
@@ -58,7 +62,7 @@ class Settings:
     state: str = "float32"
 
 
-VLB = ("times", "shifts", "steps")
+VLB = ("times", "shifts", "steps", "variance")
 ODE = ("dequantization", "samples", "replicates", "trace", "probes", "rtol", "atol", "solver", "least_steps", "state")
 BATCH = {"vlb": 256, "ode": 64}
 RESOLVED = 8  # images that are solved again, to say what the tolerance costs
@@ -85,7 +89,7 @@ def time_bins(result: BitsPerDim, count: int = 20) -> dict[str, list[float]] | N
     if result.by_time is None:
         return None
     n = len(result.index)
-    t, values = (column.reshape(n, -1) for column in result.by_time)
+    t, values = (column.reshape(n, -1) for column in result.by_time[:2])
     place = np.minimum((t * count).astype(int), count - 1)
     bins: dict[str, list[float]] = {"t": [], "mean": [], "standard_error": []}
     for i in range(count):
@@ -97,6 +101,28 @@ def time_bins(result: BitsPerDim, count: int = 20) -> dict[str, list[float]] | N
             bins["mean"].append(float(means.mean()))
             bins["standard_error"].append(float(means.std(ddof=1) / math.sqrt(len(means))))
     return bins
+
+
+def progressive(result: BitsPerDim, levels: int, count: int = 50) -> dict[str, list[float]] | None:
+    """Bits spent against error (DDPM section 4.3): what is known of an image once z_t is received, from t = 1 down.
+
+    At the middles of ``count`` bins of t, latest first: ``rate``, the bits/dim of prior, latent and the diffusion term
+    above t; ``rmse`` of x_hat(z_t) in grey levels. The last point has the whole rate; what is left to pay there is the
+    reconstruction, the distortion in bits. None without times.
+    """
+    if result.by_time is None or not np.isfinite(result.by_time[2]).all():
+        return None
+    t, values, errors = result.by_time
+    place = np.minimum((t * count).astype(int), count - 1)
+    draws = np.bincount(place, minlength=count)
+    if not draws.all():
+        return None
+    share = np.bincount(place, values, count) / len(t)  # each bin's part of the term
+    start = sum(result.terms[name].mean for name in ("prior", "latent"))
+    above = start + np.cumsum(share[::-1])
+    rmse = np.sqrt(np.bincount(place, errors, count) / draws)[::-1] * levels / 2
+    middle = (np.arange(count)[::-1] + 0.5) / count
+    return {"t": middle.tolist(), "rate": (above - share[::-1] / 2).tolist(), "rmse": rmse.tolist()}
 
 
 def per_image_csv(result: BitsPerDim) -> str:
@@ -111,9 +137,11 @@ def per_image_csv(result: BitsPerDim) -> str:
     return text.getvalue()
 
 
-def _chosen(run: Path, settings: Settings) -> tuple[Dataset, np.ndarray, np.ndarray | None]:
+def _chosen(source: Source, settings: Settings) -> tuple[Dataset, np.ndarray, np.ndarray | None]:
     """The data set, and the images and labels to evaluate."""
-    dataset = load(settings.data or checkpoints.read_run(run)["config"]["data"]["source"])
+    if settings.data is None and source.data is None:
+        raise UserError(f"{source.name} does not say on which images it was trained: give --data NAME_OR_PATH")
+    dataset = load(settings.data or source.data or "")
     if settings.split not in dataset.images:
         raise UserError(f"--split must be one of {', '.join(dataset.images)}, got {settings.split!r}")
     images = dataset.images[settings.split]
@@ -150,35 +178,48 @@ def check(settings: Settings) -> None:
             )
 
 
-def _load_for(run: Path, settings: Settings, dataset: Dataset, device: Any) -> tuple[DiffusionModel, int]:
-    """The model of a run, which must be of the data's shape, and the T of its bound."""
-    record = checkpoints.read_run(run)
-    data, shape = record["data"], list(dataset.shape)
-    if (data["shape"], data["levels"]) != (shape, dataset.levels):
+def _load_for(source: Source, settings: Settings, dataset: Dataset, device: Any) -> tuple[DiffusionModel, int]:
+    """The model of a source, which must be of the data's shape, and the T of its bound."""
+    name, levels = source.name, source.levels or dataset.levels
+    if (source.shape, levels) != (tuple(dataset.shape), dataset.levels):
         raise UserError(
-            f"{run} models images of {'x'.join(map(str, data['shape']))} with {data['levels']} levels; "
-            f"{dataset.name} has {'x'.join(map(str, shape))} with {dataset.levels}"
+            f"{name} models images of {'x'.join(map(str, source.shape))} with {levels} levels; "
+            f"{dataset.name} has {'x'.join(map(str, dataset.shape))} with {dataset.levels}"
         )
-    model = checkpoints.load_model(run, settings.checkpoint, settings.weights, device)
-    steps = record["config"]["objective"]["steps"] if settings.steps is None else settings.steps
+    model = source.load(levels, device)
+    steps = source.steps if settings.steps is None else settings.steps
     if settings.method == "ode":
         steps = 0
         if model.schedule_reads_image:
-            raise UserError(f"the schedule of {run} reads the image: it has no probability flow; use --method vlb")
+            raise UserError(f"the schedule of {name} reads the image: it has no probability flow; use --method vlb")
     if model.schedule_reads_image and not steps:
         raise UserError("a schedule that reads the image has a bound at finite T only: give --steps above 0")
     if isinstance(model.latent, Label):
         if dataset.labels is None:
-            raise UserError(f"{run} is conditioned on class labels, and {dataset.name} has none")
+            raise UserError(f"{name} is conditioned on class labels, and {dataset.name} has none")
         if dataset.classes > model.latent.size:
-            raise UserError(f"{run} knows {model.latent.size} classes, and {dataset.name} has {dataset.classes}")
+            raise UserError(f"{name} knows {model.latent.size} classes, and {dataset.name} has {dataset.classes}")
+    model.reverse = _reverse(model, settings, steps, name)
     return model, steps
 
 
-def _baselines(dataset: Dataset, run: Path, split: str) -> list[dict[str, Any]]:
+def _reverse(model: DiffusionModel, settings: Settings, steps: int, name: str) -> Reverse:
+    """The reverse steps to be measured: the model's own, but for what was asked for."""
+    reverse = model.reverse
+    if settings.variance == "learned" and not model.learned_variance:
+        raise UserError(f"--variance learned: the network of {name} has no output for it; it has {reverse.variance}")
+    if settings.variance is not None and not steps:
+        raise UserError("--variance belongs to the bound at finite T: in continuous time there is none; give --steps")
+    if settings.clip is not None and not steps and reverse.decoder != "gaussian":
+        raise UserError("--clip belongs to the bound at finite T, or to a gaussian decoder: neither is here")
+    clip = reverse.clip if settings.clip is None else settings.clip
+    return replace(reverse, variance=settings.variance or reverse.variance, clip=clip)
+
+
+def _baselines(dataset: Dataset, folder: Path, split: str) -> list[dict[str, Any]]:
     """The classical references on the whole split; none where a data set is too small for them."""
     try:
-        return [asdict(b) for b in baselines(dataset, split, run / "evaluations" / ".baselines.json")]
+        return [asdict(b) for b in baselines(dataset, split, folder / "evaluations" / ".baselines.json")]
     except UserError:
         return []
 
@@ -225,7 +266,7 @@ def _by_ode(
             model,
             images,
             labels=labels,
-            dequantization=settings.dequantization,
+            dequantization=settings.dequantization or "truncated-normal",
             samples=settings.samples,
             replicates=settings.replicates,
             trace=settings.trace,
@@ -263,25 +304,33 @@ def evaluate(
     settings: Settings,
     *,
     compare: Path | str | None = None,
+    out: Path | None = None,
     device: Any = "cpu",
     progress: Callable[[str, int, int, float], None] | None = None,
 ) -> Evaluation:
     """The bound of a run on a whole split, or its likelihood by ODE; writes RUN/evaluations/*.json and the per-image
     figures beside it.
 
-    ``compare``: another run, evaluated on the same images with the same draws. ``progress(run, images done, images,
-    bits/dim)`` is called at the start, with nan, and as it runs.
+    ``run``: whatever ``resolve`` knows; ``out``, another folder than its own for what is written. ``compare``: another,
+    evaluated on the same images with the same draws. ``progress(run, images done, images, bits/dim)`` is called at the
+    start, with nan, and as it runs.
     """
-    run, begun = Path(run), time.perf_counter()
+    begun = time.perf_counter()
     check(settings)
+    source = resolve(run, settings.checkpoint, settings.weights, out)
     if settings.method == "ode" and settings.least_steps is None:
         settings = replace(settings, least_steps=LEAST_STEPS.get(settings.solver, 1))
-    dataset, images, labels = _chosen(run, settings)
-    model, steps = _load_for(run, settings, dataset, device)
-    checkpoint = checkpoints.read_checkpoint(run, settings.checkpoint)
-    other = None if compare is None else _load_for(Path(compare), settings, dataset, device)
-    checkpoints.make_folder(run / "evaluations")
-    path = run / "evaluations" / f"{_name(settings, steps, dataset)}.json"
+    dataset, images, labels = _chosen(source, settings)
+    model, steps = _load_for(source, settings, dataset, device)
+    if settings.method == "ode" and settings.dequantization is None:
+        own = "variational" if model.reverse.decoder == "gaussian" else "truncated-normal"
+        settings = replace(settings, dequantization=own)
+    other = None
+    if compare is not None:
+        other_source = resolve(compare, settings.checkpoint, settings.weights)
+        other = _load_for(other_source, settings, dataset, device)
+    checkpoints.make_folder(source.folder / "evaluations")
+    path = source.folder / "evaluations" / f"{_name(settings, steps, dataset)}.json"
 
     def figure(which: str, model: DiffusionModel, steps: int, unfinished: Unfinished | None) -> BitsPerDim:
         def seen(done: int, bits: float) -> None:
@@ -307,7 +356,7 @@ def evaluate(
 
     key = {
         "settings": {**asdict(settings), "batch": None},
-        "checkpoint": [checkpoint.step, checkpoint.meta["versions"], checkpoints.read_run(run)["created"]],
+        "checkpoint": source.identity,
         "versions": versions(),
         "data": [dataset.name, dataset.version, len(images)],
     }
@@ -329,14 +378,16 @@ def evaluate(
         "images_in_split": len(dataset.images[settings.split]),
         "split": settings.split,
         "data": {"name": dataset.name, "version": dataset.version},
-        "checkpoint": {"step": checkpoint.step, "name": settings.checkpoint},
+        "source": source.kind,
+        "checkpoint": {"step": source.step, "name": settings.checkpoint},
         "weights": settings.weights,
         "settings": result.settings,
         "cost": result.cost,
         "tolerance": tolerance,
         "by_time": time_bins(result),
+        "progressive": progressive(result, dataset.levels),
         "latent_use": latent_use(model, images, labels) if len(images) > 1 else None,
-        "baselines": _baselines(dataset, run, settings.split),
+        "baselines": _baselines(dataset, source.folder, settings.split),
         "comparison": None
         if compared is None
         else {"run": str(compare), "bits_per_dim": _table(compared.value), "difference": _table(difference)},
@@ -358,12 +409,14 @@ def _name(settings: Settings, steps: int, dataset: Dataset) -> str:
     name = f"{settings.split}-{settings.checkpoint}-{settings.weights}-{settings.method}"
     if settings.method == "vlb":
         name += f"-{settings.times}x{settings.shifts}" + (f"-T{steps}" if steps else "")
+        name += f"-{settings.variance}" if settings.variance is not None else ""
     else:
         name += f"-{settings.dequantization}-{settings.samples}x{settings.replicates}"
         name += f"-{settings.solver}-{settings.least_steps}-{settings.rtol:g}"
         for field in ("trace", "probes", "atol", "state"):
             if getattr(settings, field) != getattr(Settings, field):
                 name += f"-{field}-{getattr(settings, field)}"
+    name += "" if settings.clip is None else "-clip" if settings.clip else "-no-clip"
     name += f"-seed{settings.seed}" if settings.seed else ""
     name += f"-{settings.images}" if settings.images is not None else ""
     return name + (f"-{dataset.name}-{dataset.version}" if settings.data is not None else "")

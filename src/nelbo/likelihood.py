@@ -384,6 +384,7 @@ def ode(
         settings={
             "method": "ode",
             "dequantization": dequantization,
+            **(_reverse(model, 0) if dequantization == "variational" else {"decoder": None}),
             "samples": samples,
             "replicates": replicates,
             "trace": trace,

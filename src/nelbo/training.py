@@ -225,7 +225,8 @@ class Trainer:
             last = part == training.accumulate - 1  # where processes exchange their gradients
             with self.attention(), contextlib.nullcontext() if last else self.accelerator.no_sync(self.loss):
                 terms = self.loss(batch, slice(start, start + size), self.step)
-                mean = terms.loss.sum() * self.processes / training.batch  # gradients are averaged over processes
+                loss = terms.loss + (config.objective.latent_weight - 1) * terms.latent
+                mean = loss.sum() * self.processes / training.batch  # gradients are averaged over processes
                 self.accelerator.backward(pixels.bits_per_dim(mean, self.model.dimensions))
             sums += torch.stack([getattr(terms, name).detach().sum() for name in names])
         sums = self.accelerator.reduce(sums, "sum") / training.batch

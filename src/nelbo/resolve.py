@@ -1,0 +1,172 @@
+"""What a verb's argument names: a run, somebody else's checkpoint on disk, or one on the hub.
+
+A foreign checkpoint is read as data: configurations as JSON, weights as safetensors or by torch's weights-only loader.
+It brings a network and a schedule, not a data set, and no training to go on with.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nelbo import checkpoints
+from nelbo.errors import UserError
+
+__all__ = ["Source", "resolve"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be evaluated and sampled from.
+
+    ``name`` as the user gave it; ``kind``, of which program; ``folder``, where figures and samples of it go; ``shape``
+    (C, H, W); ``levels``, or None where any will do (a foreign network saw reals from -1 to 1); ``data``, the data set
+    that it was trained on, where known; ``step``; ``steps``, the T of its own bound; ``identity``, what distinguishes
+    these weights from others; ``load(levels, device)``, the DiffusionModel in evaluation mode.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    shape: tuple[int, int, int]
+    levels: int | None
+    data: str | None
+    step: int | None
+    steps: int
+    identity: Any
+    load: Callable[[int, Any], Any]
+
+
+def resolve(
+    argument: Path | str, checkpoint: str | int = "best", weights: str = "ema", out: Path | None = None
+) -> Source:
+    """The source that an argument names; UserError where it names none. ``out``: another folder for what is written."""
+    path = Path(argument)
+    if (path / "run.json").is_file():
+        return _run(path, checkpoint, weights, out)
+    if path.is_dir() and any((path / name).is_file() for name in INDEX):
+        return _pipeline(str(argument), path, out)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(argument)) and not path.parent.is_dir():
+        return _pipeline(str(argument), _from_hub(str(argument)), out)
+    checkpoints.read_run(path)  # says what is wrong
+    raise AssertionError(path)
+
+
+def _run(run: Path, checkpoint: str | int, weights: str, out: Path | None) -> Source:
+    record, found = checkpoints.read_run(run), checkpoints.read_checkpoint(run, checkpoint)
+    data = record["data"]
+
+    def load(levels: int, device: Any) -> Any:
+        return checkpoints.load_model(run, checkpoint, weights, device)
+
+    return Source(
+        name=str(run), kind="nelbo", folder=out or run, shape=tuple(data["shape"]), levels=data["levels"],
+        data=record["config"]["data"]["source"], step=found.step, steps=record["config"]["objective"]["steps"],
+        identity=[found.step, found.meta["versions"], record["created"]], load=load,
+    )  # fmt: skip
+
+
+# diffusers -----------------------------------------------------------------------------------------------------------
+
+INDEX = ("model_index.json", "scheduler_config.json")
+PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
+VARIANCES = {
+    "fixed_small": "fixed-small", "fixed_small_log": "fixed-small", "fixed_large": "fixed-large",
+    "fixed_large_log": "fixed-large", "learned_range": "learned",
+}  # fmt: skip
+
+
+def _from_hub(name: str) -> Path:
+    """The files of a hub repository that a pipeline needs, in the hub's own cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"no such run: {name}; to fetch it from the hub: pip install 'nelbo[ddpm]'") from None
+    try:
+        patterns = ["*.json", "*.safetensors", "*.bin"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # that library's errors share no base but this
+        lost = "the hub cannot be reached, and its files are not in the cache"
+        reason = lost if type(error).__name__ == "LocalEntryNotFoundError" else " ".join(str(error).split())[:200]
+        raise UserError(
+            f"no such run: {name}; nor could it be had from the hub: {reason}; give a run, a pipeline's folder, or the "
+            "id of one that can be fetched"
+        ) from None
+
+
+def _pipeline(name: str, folder: Path, out: Path | None) -> Source:
+    """A pipeline of diffusers with one UNet2DModel and a scheduler of betas."""
+    if (folder / "model_index.json").is_file():
+        index = checkpoints.read_json(folder / "model_index.json")
+        parts = {key for key, value in index.items() if isinstance(value, list) and value[:1] != [None]}
+        kind = index.get("_class_name")
+        if parts != {"unet", "scheduler"} or index["unet"] != ["diffusers", "UNet2DModel"]:
+            raise UserError(
+                f"{name} is a {kind} of {', '.join(sorted(parts))}: only pipelines of pixels with one UNet2DModel and "
+                "a scheduler can be read (no latent ones, none given text or classes)"
+            )
+    unet, scheduler = (folder / p if (folder / p).is_dir() else folder for p in ("unet", "scheduler"))
+    settings = checkpoints.read_json(unet / "config.json")
+    betas = checkpoints.read_json(scheduler / "scheduler_config.json")
+    for key, wanted in (("time_embedding_type", ("positional",)), ("class_embed_type", (None,)),
+                        ("num_class_embeds", (None,))):  # fmt: skip
+        if settings.get(key, wanted[0]) not in wanted:
+            raise UserError(f"{name}: {key} = {settings[key]!r}; only {wanted[0]!r} is a network of (image, timestep)")
+    for key in ("thresholding", "rescale_betas_zero_snr"):
+        if betas.get(key):
+            raise UserError(f"{name}: its scheduler has {key}, for which there is no likelihood")
+    prediction, variance = betas.get("prediction_type", "epsilon"), betas.get("variance_type", "fixed_small")
+    for value, table, what in ((prediction, PREDICTIONS, "prediction_type"), (variance, VARIANCES, "variance_type")):
+        if value not in table:
+            raise UserError(f"{name}: {what} must be one of {', '.join(table)}, got {value!r}")
+    size, channels = settings["sample_size"], settings["in_channels"]
+    height, width = size if isinstance(size, list) else (size, size)
+    gammas = _gammas(name, betas)
+
+    def load(levels: int, device: Any) -> Any:
+        from nelbo.compose import table_model
+        from nelbo.model import Reverse
+        from nelbo.networks import DiffusersUNet
+
+        reverse = Reverse(VARIANCES[variance], bool(betas.get("clip_sample", True)), "gaussian")
+        network = DiffusersUNet(_unet(name, unet))
+        model = table_model(network, gammas, (channels, height, width), levels, PREDICTIONS[prediction], reverse)
+        return model.to(device).eval()
+
+    weights = sorted(p for p in unet.glob("diffusion_pytorch_model*") if p.is_file())
+    folder = out or Path("evaluations") / Path(name).name
+    return Source(
+        name=name, kind="diffusers", folder=folder, shape=(channels, height, width),
+        levels=None, data=None, step=None, steps=len(gammas) - 1,
+        identity=[[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights], load=load,
+    )  # fmt: skip
+
+
+def _gammas(name: str, config: dict[str, Any]) -> Any:
+    """gamma_n of a scheduler's betas, in float64 from the betas themselves."""
+    import numpy as np
+
+    try:
+        from diffusers import DDPMScheduler
+    except ImportError as error:
+        raise UserError(f"{name} is a pipeline of diffusers: pip install 'nelbo[ddpm]' ({error})") from None
+    from nelbo.schedules import gammas_of_betas
+
+    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    try:
+        betas = DDPMScheduler(**{key: config[key] for key in known if key in config}).betas  # type: ignore[attr-defined]
+        return gammas_of_betas(np.asarray(betas, dtype=np.float64))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{name}: its scheduler's betas cannot be used: {error}") from None
+
+
+def _unet(name: str, folder: Path) -> Any:
+    """The UNet2DModel of a folder; weights only."""
+    from diffusers import UNet2DModel
+
+    try:
+        return UNet2DModel.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # diffusers, safetensors, torch and pickle raise what they like
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{name}: the weights in {folder} cannot be read: {reason}") from None
