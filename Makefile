@@ -9,6 +9,8 @@ DEMO = runs/demo
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# Without torchvision: beside a torch of another index it does not import, and diffusers then does not either.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torch-fidelity
 	touch $@
 
 demo: $(INSTALLED)  ## train MuLAN on digits, evaluate, sample, report: about ten minutes on two cores

@@ -57,6 +57,7 @@ class Entry:
     seed: int
     finite: bool = False
     start: tuple[str, tuple[str, ...]] | None = None  # the preset and overrides of the run whose weights it begins with
+    figures: bool = False  # DDPM's other figures too: each variance, clipped and not, continuous time, the ODE
 
     @property
     def key(self) -> str:
@@ -73,6 +74,7 @@ def entries() -> list[Entry]:
         for name, preset, changes, tuned in BEYOND
     ]
     queue += [Entry(f"{n}-digits", f"{n}-digits", tuple(DIGITS), seed) for seed in SEEDS for n in ABLATIONS]
+    queue += [Entry(name, "ddpm-digits", (*DIGITS, *changes.split()), 0, figures=True) for name, changes in DDPM]
     return queue + [Entry(f"{n}-photos32", f"{n}-photos32", tuple(PHOTOS), 0) for n in MAIN]
 
 
@@ -109,6 +111,23 @@ BEYOND: tuple[tuple[str, str, str, bool], ...] = (
 )
 
 
+# DDPM's losses, on the network, steps and images of the others: name, changed fields.
+DDPM = (
+    ("ddpm-digits", ""),
+    ("ddpm-digits-hybrid", "--objective.loss hybrid --reverse.variance learned"),
+    ("ddpm-digits-bound", "--objective.loss bound --reverse.variance learned"),
+    ("ddpm-digits-cosine", "--schedule.form cosine"),
+)
+FIGURES = {
+    "fixed-small": ("--variance", "fixed-small"),
+    "fixed-large": ("--variance", "fixed-large"),
+    "fixed-large, not clipped": ("--variance", "fixed-large", "--clip", "off"),
+    "learned": ("--variance", "learned"),
+    "continuous time": ("--steps", "0"),
+    "ODE, K = 1": ("--method", "ode", "--images", "64"),
+}
+
+
 def read_results() -> dict[str, Any]:
     """Records by key."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -122,9 +141,10 @@ def _nelbo(log: Path, *arguments: str) -> None:
         )
 
 
-def _evaluation(run: Path, log: Path, *arguments: str, steps: int = 0) -> dict[str, Any]:
+def _evaluation(run: Path, log: Path, *arguments: str, steps: int | None = 0) -> dict[str, Any]:
     before = set((run / "evaluations").glob("*.json"))
-    _nelbo(log, "evaluate", str(run), "--checkpoint", "last", "--steps", str(steps), *arguments)
+    given = () if steps is None else ("--steps", str(steps))
+    _nelbo(log, "evaluate", str(run), "--checkpoint", "last", *given, *arguments)
     written = sorted(set((run / "evaluations").glob("*.json")), key=lambda p: p.stat().st_mtime)
     assert written, f"nelbo evaluate wrote nothing in {run} (it held {len(before)} files)"
     return json.loads(written[-1].read_text())
@@ -167,6 +187,11 @@ def carry_out(entry: Entry) -> dict[str, Any]:
         "finite": {str(steps): _evaluation(run, log, steps=steps)["bits_per_dim"] for steps in STEPS}
         if entry.finite and entry.seed == 0
         else {},
+        "figures": {
+            name: _evaluation(run, log, *arguments, steps=None)["bits_per_dim"]
+            for name, arguments in FIGURES.items()
+            if entry.figures and (name != "learned" or "learned" in entry.overrides)
+        },
         "versions": final["versions"],
     }
 
@@ -373,6 +398,20 @@ def finite_table(results: dict[str, Any], names: list[str]) -> str:
     return _markdown(["run", *(f"T = {t}" for t in STEPS), "T = ∞"], rows)
 
 
+def ddpm_table(results: dict[str, Any]) -> str:
+    """Every figure of the DDPMs, test images, ± over images."""
+    rows = []
+    for name, (record, *_) in _by_name(results, [name for name, _ in DDPM]).items():
+        found = record["figures"]
+        shown = [_shown(**_bits(found[key])) if key in found else "" for key in FIGURES]
+        rows.append([name, *shown, f"{record['test']['terms']['reconstruction']['mean']:.4f}"])
+    return _markdown(["run", *FIGURES, "decoder's part"], rows)
+
+
+def _bits(figure: dict[str, float]) -> dict[str, float]:
+    return {"mean": figure["mean"], "error": figure["standard_error"]}
+
+
 def baseline_table(results: dict[str, Any], ending: str) -> str:
     """The classical references of the same test images."""
     record = next((r for r in results.values() if r["name"].endswith(ending)), None)
@@ -418,6 +457,7 @@ def write_tables() -> None:
         "ablations": final_table(results, ablations, "mulan-digits"),
         "follow-ups": final_table(results, follow_ups, "mulan-digits"),
         "beyond": final_table(results, beyond, "mulan-digits"),
+        "ddpm": ddpm_table(results),
     }
     draw_curves(results, digits, PAGE.parent / "images" / "digits-curves.png")
     text = PAGE.read_text()

@@ -108,11 +108,12 @@ def test_presets_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_dry_run_prints_the_configuration(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    changes = ("--training.steps", "7", "--network.fourier", "1", "2.5", "--network.flag", "True", "--path", "straight")
+    flag = preset(name).network.kind != "ddpm"  # which takes none
+    changes = ("--training.steps", "7", "--network.fourier", "1", "2.5", "--network.flag", flag, "--path", "straight")
     assert call("train", name, "--out", tmp_path / "run", "--dry-run", *changes) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["preset"] == name
-    expected = change(preset(name), {"training.steps": 7, "network.fourier": (1.0, 2.5), "network.flag": True,
+    expected = change(preset(name), {"training.steps": 7, "network.fourier": (1.0, 2.5), "network.flag": flag,
                                      "path": "straight"})  # fmt: skip
     assert from_dict(shown["config"]) == expected
     assert not (tmp_path / "run").exists()
@@ -211,7 +212,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Arguments, and a part of the line. {place} is the folder above.
 WORDS = {"NEW": ["--out", "{place}/new"], "DIGITS": ["vdm-digits", "--out", "{place}/new"], "SHORT": SHORT}
 MISTAKES = [
-    ("trian", "unknown verb 'trian'; the choices are presets, train, evaluate, sample, report"),
+    ("trian", "unknown verb 'trian'; the choices are presets, train, evaluate, sample, fid, report"),
     ("presets more", "presets takes no arguments, got 'more'"),
     # Flags
     ("train", "train needs a preset first; the choices are vdm-digits, mulan-digits"),
@@ -297,10 +298,10 @@ MISTAKES = [
     ("evaluate {place}/run --least-steps 9", "--least-steps belongs to --method ode, and the method is vlb"),
     ("evaluate {place}/run --method ode --samples 0", "--samples must be at least 1, got 0"),
     ("evaluate {place}/run --method ode --trace exact --probes 2", "the exact trace has none, got 2"),
-    ("evaluate {place}/run --method ode --dequantization none", "--dequantization must be one of truncated-normal, "),
+    ("evaluate {place}/run --method ode --dequantization none", "--dequantization must be one of own, truncated-"),
     ("evaluate {place}/image --method ode", "{place}/image reads the image: it has no probability flow"),
-    ("sample {place}/run --method ode --steps 20", "--steps and --clip belong to --method ancestral"),
-    ("sample {place}/run --rtol 1e-3", "--rtol and --atol belong to --method ode"),
+    ("sample {place}/run --method ode --steps 20", "--steps belongs to --method ancestral or ddim, and"),
+    ("sample {place}/run --rtol 1e-3", "--rtol belongs to --method ode, and the method is ancestral"),
     ("sample {place}/image --method ode", "{place}/image reads the image: it has no probability flow"),
     ("evaluate {place}/run --split dev", "--split must be one of train, validation, test, got 'dev'"),
     ("evaluate {place}/run --images 301", "--images must lie in 1 .. 300 for this split, got 301"),
@@ -429,6 +430,7 @@ def test_train_evaluate_sample_report(
     assert record["checkpoint"] == {"step": checkpoints.read_checkpoint(run, "best").step, "name": "best"}
     assert record["settings"] == {
         "method": "vlb", "times_per_shift": 2, "shifts": 2, "steps": 0, "seed": 0, "batch": 256,
+        "decoder": "levels",
     }  # fmt: skip
     assert set(record["versions"]) == {"nelbo", "torch", "numpy", "python"}
     assert record["latent_use"]["draws"] > 1 and record["comparison"] is None and record["seconds"] > 0

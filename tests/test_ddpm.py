@@ -1,6 +1,7 @@
 """DDPM: the table of betas, the bound term by term against closed forms, decoders, losses, diffusers' schedulers."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,17 @@ import torch
 
 import nelbo
 from nelbo import likelihood, objectives, pixels
+from nelbo.compose import build_model
+from nelbo.draws import Draws
+from nelbo.errors import UserError
 from nelbo.model import DiffusionModel, Reverse
 from nelbo.networks import TimestepNetwork
 from nelbo.parameterizations import PARAMETERIZATIONS
 from nelbo.paths import PATHS
 from nelbo.presets import preset
 from nelbo.schedules import BETAS, Schedule, Table, betas, gammas_of_betas
+from nelbo.training import train
+from tiny import change, outcome
 from toys import (
     FLOAT,
     Toy,
@@ -267,10 +273,15 @@ def test_the_evaluation_meets_every_term_once_and_is_a_bound(variance):
     assert sorted(np.unique(np.floor(t.reshape(-1, T - 1) * (T - 1)), axis=0)[0].tolist()) == list(range(T - 1))
     assert np.isfinite(squared).all() and squared.min() >= 0
     assert found.settings["decoder"] == "gaussian" and found.settings["variance"] == variance
-    # The decoder is asked once a shift: its figure does not depend on how many times there are.
-    fewer = likelihood.vlb(model, images, steps=T - 1, times_per_shift=3, shifts=4)
-    spread = found.per_image_terms["reconstruction"] - fewer.per_image_terms["reconstruction"]
-    assert abs(float((p * spread).sum())) < 0.2
+    # The decoder is asked once a shift, with the noise of the shift's first draw, and counts in full.
+    few = likelihood.vlb(model, images[:3], steps=T - 1, times_per_shift=5, shifts=2)
+    x, wanted = model.reals(images[:3]), 0.0
+    alpha, sigma = model.path.coefficients(model.schedule(torch.zeros(1))[0])
+    for draw in (0, 5):
+        z_0 = (alpha * x + sigma * Draws(0, range(3), draw).normal("eps_0", toy.shape)).float()
+        wanted = wanted + objectives.decoder_term(model, images[:3], z_0) / 2
+    found = few.per_image_terms["reconstruction"]
+    np.testing.assert_allclose(found, pixels.bits_per_dim(wanted, 2).numpy(), rtol=1e-6)
 
 
 def test_the_figure_does_not_depend_on_the_batch():
@@ -289,8 +300,6 @@ def test_the_ode_of_gaussian_data_gives_the_density_and_the_networks_own_decoder
         model, images, dequantization="variational", trace="exact", replicates=1, rtol=1e-10, atol=1e-10,
         method="dopri5", double=True,
     )  # fmt: skip
-    from nelbo.draws import Draws
-
     alpha, sigma = (float(v) for v in model.path.coefficients(model.schedule(torch.zeros(1))[0]))
     z = alpha * model.reals(images, FLOAT) + sigma * Draws(0, range(3), 0).normal("eps_0", toy.shape).double()
     spread = alpha**2 * tensor([0.3, 0.6]) ** 2 + sigma**2
@@ -376,6 +385,16 @@ def test_weights_are_those_of_the_papers(parameterization, weight):
         )
         l1 = losses(model, objectives.Weighting(norm="l1"))[2]
         torch.testing.assert_close(l1.error, errors[parameterization].abs().flatten(1).mean(1), rtol=1e-8, atol=1e-12)
+    # The error of x_hat is in units of encode's x, here 7/8 of DDPM's.
+    wanted = ((x_hat - x) ** 2).flatten(1).mean(1) * (7 / 8) ** 2
+    torch.testing.assert_close(terms.squared_error, wanted, rtol=1e-6, atol=1e-12)
+    at = torch.arange(1, T, dtype=FLOAT) / (T - 1) - 0.5 / (T - 1)
+    for clip in (False, True):
+        model.reverse = replace(model.reverse, clip=clip)
+        found = objectives.elbo(model, images[1:], t=at, eps=eps[1:], eps_0=eps[1:], steps=T - 1, dtype=FLOAT)
+        kept = x_hat.clamp(-1, 1) if clip else x_hat
+        wanted = ((kept - x) ** 2).flatten(1).mean(1) * (7 / 8) ** 2
+        torch.testing.assert_close(found.squared_error, wanted[1:], rtol=1e-6, atol=1e-12)
     # In bits/dim, which training divides by, the loss is the error itself.
     torch.testing.assert_close(pixels.bits_per_dim(terms.loss, model.dimensions), terms.error)
 
@@ -503,6 +522,7 @@ def test_the_network_of_the_paper_has_its_size_and_is_diffusers_own():
     assert (unet.config.freq_shift, unet.config.flip_sin_to_cos, unet.config.norm_eps) == (1, False, 1e-6)
     tiny = nelbo.build(preset("ddpm-digits"))
     unet = tiny.network.network.unet.eval()
+    torch.nn.init.normal_(unet.conv_out.weight)  # which begins as zero
     z, n = torch.randn(2, 1, 8, 8), torch.tensor([7, 990])
     gamma = tiny.schedule(n.double() / 999)[0]
     with torch.no_grad():
@@ -517,3 +537,78 @@ def test_an_evaluation_may_take_another_variance_than_a_learned_one():
     learned.reverse = replace(learned.reverse, variance="fixed-large")
     a, b = (likelihood.vlb(m, images, steps=T - 1, times_per_shift=5) for m in (learned, large))
     np.testing.assert_allclose(a.per_image, b.per_image, rtol=1e-9)
+
+
+# Configuration and training ------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ({"schedule.timesteps": 1}, "schedule.timesteps must be at least 2, got 1"),
+    ({"schedule.betas": (0.1, 1.5)}, "schedule.betas must be at least 2 numbers strictly between 0 and 1"),
+    ({"schedule.ends": "learned"}, "schedule.kind = betas has its own ends"),
+    ({"schedule.kind": "linear"}, "network.kind = ddpm sees timesteps: it needs schedule.kind = betas, got linear"),
+    ({"network.flag": True}, "network.kind = ddpm takes no conditioning"),
+    ({"latent.kind": "k-hot"}, "network.kind = ddpm takes no conditioning"),
+    ({"network.multipliers": ()}, "network.multipliers must be whole numbers above 0"),
+    ({"network.kind": "flat", "network.self_condition": True}, "need network.kind = ddpm"),
+    ({"objective.steps": 0}, "objective.steps must be above 0"),
+    ({"objective.loss": "hybrid"}, "it needs reverse.variance = learned"),
+    ({"reverse.variance": "learned"}, "objective.loss = simple does not train reverse.variance = learned"),
+    ({"objective.times": "importance", "objective.steps": 0, "reverse.decoder": "levels"}, "follows the bound"),
+    ({"objective.min_snr": 0.0}, "objective.min_snr must be above 0"),
+    ({"training.fid_samples": 0}, "training.fid_samples must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "wanted"), MISTAKES)
+def test_a_configuration_that_contradicts_itself_is_refused_by_name(fields, wanted):
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        change(preset("ddpm-digits"), fields)
+
+
+def test_images_that_cannot_be_halved_so_often_are_refused():
+    with pytest.raises(UserError, match="height and width must be multiples of 4, got 6x8"):
+        build_model(change(preset("ddpm-digits"), {"network.multipliers": (1, 1, 1)}), (1, 6, 8), 17)
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"objective.loss": "hybrid", "reverse.variance": "learned"},
+    {"objective.loss": "bound", "schedule.form": "cosine"},
+    {"parameterization": "velocity", "objective.weight": "min-snr", "network.self_condition": True},
+    {"network.kind": "flat", "network.levels": 1, "objective.loss": "simple"},
+])  # fmt: skip
+def test_every_loss_trains_and_the_run_is_its_own_again(tmp_path, fields):
+    """Four steps and two more after a stop are six steps; the loss of step 1 is the error of the untrained network."""
+    small = {"network.channels": 8, "network.groups": 2, "training.batch": 8, "training.steps": 6,
+             "training.log_every": 1, "training.evaluate_every": 0, "optimizer.warmup": 1,
+             "optimizer.decay": "none"}  # fmt: skip
+    config = change(preset("ddpm-digits"), small | fields)
+    quiet = {"say": lambda line: None}
+    train(config, tmp_path / "whole", **quiet)
+    train(change(config, {"training.steps": 4}), tmp_path / "parts", **quiet)
+    train(config, tmp_path / "parts", **quiet)
+    whole, parts = outcome(tmp_path / "whole"), outcome(tmp_path / "parts")
+    assert whole["metrics.jsonl"] == parts["metrics.jsonl"]
+    name = "checkpoints/step-000000006/weights.safetensors"
+    assert whole[name] == parts[name]
+    first = whole["metrics.jsonl"][0]
+    assert ("error" in first) == (config.objective.loss != "bound")
+    if not fields:  # an untrained network whose last layer is zero: the noise itself
+        assert first["error"] == pytest.approx(1.0, abs=0.15)
+
+
+def test_the_network_starts_as_the_paper_does():
+    """The last convolution, and the second of every block, are zero: the output is 0."""
+    model = nelbo.build(preset("ddpm-digits")).eval()
+    out = model(torch.randn(2, 1, 8, 8), torch.zeros(2, 1, 1, 1))
+    assert (out == 0).all()
+
+
+def test_a_ddpm_of_ones_own_is_asked_with_timesteps():
+    told = []
+    net = torch.nn.Conv2d(1, 1, 1)
+    model = nelbo.ddpm(lambda x, t: told.append(t) or net(x), [0.1, 0.2, 0.3], (1, 2, 2), 4, variance="fixed-large")
+    images = torch.tensor([[0, 1], [2, 3]]).reshape(1, 1, 2, 2)
+    found = likelihood.vlb(model, images, steps=2, times_per_shift=2)
+    assert sorted({round(float(v), 6) for t in told for v in t}) == [0, 1, 2] and found.is_bound
+    assert float(model.reals(images).min()) == -1 and float(model.reals(images).max()) == 1
+    assert model.schedule.timesteps == 3 and model.reverse == Reverse("fixed-large", True, "gaussian")

@@ -199,7 +199,7 @@ def test_impossible_models_are_refused(made, levels, classes):
         (Config, "parameterization", PARAMETERIZATIONS),
         (DataConfig, "augment", AUGMENTATIONS),
         (cli.Evaluate, "solver", METHODS),
-        (cli.Evaluate, "dequantization", DEQUANTIZATIONS),
+        (cli.Evaluate, "dequantization", {*DEQUANTIZATIONS, "own"}),
     ],
 )
 def test_the_choices_of_the_configuration_are_those_of_the_registries(owner, field, registry):

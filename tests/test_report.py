@@ -27,7 +27,7 @@ from nelbo.paths import PATHS
 from nelbo.report import images, tables, write_report
 from nelbo.report.runs import Estimate, Thinned, read_runs
 from nelbo.report.schedules import schedule_view
-from nelbo.sampling import sample_to_files
+from nelbo.sampling import Settings, sample_to_files
 from nelbo.schedules import Interior, Linear, Schedule
 from tiny import tiny
 
@@ -47,7 +47,7 @@ def real(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "baselines", lambda *_: CLASSICAL)
         evaluation.evaluate(run, evaluation.Settings(images=12, times=2))
-    sample_to_files(load_model(run), run / "samples" / "some", count=9, steps=4)
+    sample_to_files(load_model(run), run / "samples" / "some", Settings(count=9, steps=4))
     return run
 
 

@@ -13,7 +13,7 @@ from nelbo.draws import Draws
 from nelbo.latents import KHot
 from nelbo.parameterizations import PARAMETERIZATIONS
 from nelbo.paths import PATHS
-from nelbo.samplers import ancestral, decode_noise, encode_images, reverse_step, sample, sample_ode
+from nelbo.samplers import decode_noise, encode_images, reverse_step, sample, sample_ode, time_grid, walk
 from nelbo.schedules import Polynomial, Schedule, default_gamma_0
 from toys import FLOAT, build, gaussian, linear, mixture, polynomial, tensor, two_pixels
 
@@ -41,7 +41,7 @@ def variance_of_samples(model, steps, scale):
     z_1 = torch.zeros(rows, *model.shape, dtype=FLOAT)
     z_1[0] = scale
     with torch.no_grad():
-        z_0 = ancestral(reverse_step(model), z_1, [Impulse(i + 1, rows) for i in range(steps)])
+        z_0 = walk(reverse_step(model), z_1, time_grid(steps), [Impulse(i + 1, rows) for i in range(steps)])
     return (z_0**2).sum(0).flatten()
 
 
@@ -88,7 +88,8 @@ def test_moments_of_drawn_samples(path):
     start = Draws(3, range(count))
     z_1, _ = model.draw_prior(start)
     with torch.no_grad():
-        z_0 = ancestral(reverse_step(model), z_1.to(FLOAT), [Draws(3, range(count), i) for i in range(steps)])
+        noise = [Draws(3, range(count), i) for i in range(steps)]
+        z_0 = walk(reverse_step(model), z_1.to(FLOAT), time_grid(steps), noise)
     z_0 = z_0.flatten(1)
     variance, _ = expected_variance(toy, model, steps, torch.full((3,), 0.95**2, dtype=FLOAT))
     assert bool((z_0.mean(0).abs() < 4.5 * (variance / count).sqrt()).all())
@@ -179,7 +180,7 @@ def test_the_grid_of_times():
         seen.append((t[0].item(), s[0].item()))
         return z + 1, torch.zeros_like(z), z
 
-    z_0 = ancestral(step, torch.zeros(2, 1, 1, 1, dtype=FLOAT), [Impulse(None, 2)] * 4)
+    z_0 = walk(step, torch.zeros(2, 1, 1, 1, dtype=FLOAT), time_grid(4), [Impulse(None, 2)] * 4)
     assert seen == [(1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)]
     assert torch.equal(z_0, torch.full_like(z_0, 4.0))
 

@@ -13,12 +13,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["DiffusionModel", "UserError", "build", "elbo", "likelihood", "load", "sample"]
+__all__ = ["DiffusionModel", "UserError", "build", "ddpm", "elbo", "likelihood", "load", "sample"]
 
 _HOMES = {
     "DiffusionModel": "nelbo.model",
     "UserError": "nelbo.errors",
     "build": "nelbo.api",
+    "ddpm": "nelbo.api",
     "elbo": "nelbo.api",
     "load": "nelbo.api",
     "sample": "nelbo.samplers",

@@ -1,19 +1,38 @@
-"""What a notebook needs: models by name, and one draw of the bound."""
+"""What a notebook needs: models by name, by file, or from a network at hand; and one draw of the bound."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from nelbo import likelihood, pixels, times
-from nelbo.checkpoints import load_model as load
-from nelbo.compose import build_model
+from nelbo.compose import build_model, table_model
 from nelbo.config import Config
 from nelbo.draws import Draws
-from nelbo.model import DiffusionModel
+from nelbo.model import DiffusionModel, Reverse
 from nelbo.objectives import Terms
 from nelbo.presets import preset
+from nelbo.resolve import resolve
+from nelbo.schedules import gammas_of_betas
 
-__all__ = ["build", "elbo", "load"]
+__all__ = ["build", "ddpm", "elbo", "load"]
+
+
+def load(
+    source: Path | str,
+    checkpoint: str | int = "best",
+    weights: str = "ema",
+    device: Any = "cpu",
+    levels: int | None = None,
+) -> DiffusionModel:
+    """The trained model of a run, or of a diffusers pipeline's folder or hub id, in evaluation mode.
+
+    ``levels``: the grey levels that a pipeline's model is to be asked about, 256 by default; a run has its own.
+    """
+    found = resolve(source, checkpoint, weights)
+    return found.load(found.levels or levels or 256, device)
 
 
 def build(name: str | Config, shape: tuple[int, int, int] | None = None, levels: int | None = None) -> DiffusionModel:
@@ -26,6 +45,37 @@ def build(name: str | Config, shape: tuple[int, int, int] | None = None, levels:
         data = load_data(config.data.source)
         shape, levels, classes = shape or data.shape, levels or data.levels, data.classes or None
     return build_model(config, shape, levels, classes)
+
+
+class _Plain(nn.Module):
+    """(x_t, n) -> output as (z, n, estimate) -> output."""
+
+    def __init__(self, network: Callable[..., Any]) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: torch.Tensor, n: torch.Tensor, estimate: torch.Tensor | None = None) -> torch.Tensor:
+        return self.network(z, n)
+
+
+def ddpm(
+    network: Callable[..., Any],
+    betas: Sequence[float] | Any,
+    shape: tuple[int, int, int],
+    levels: int = 256,
+    *,
+    parameterization: str = "noise",
+    variance: str = "fixed-small",
+    clip: bool = True,
+) -> DiffusionModel:
+    """A DDPM of your own: ``network``, (x_t (B, C, H, W), timesteps (B,) float from 0 to T - 1) -> output, trained on
+    these ``betas`` (T,) and images from -1 to 1.
+
+    ``parameterization`` of the output: noise, data or velocity; ``variance`` of the reverse steps: fixed-small,
+    fixed-large, or learned (2 C output channels); ``clip`` x_hat. ValueError where betas are not strictly in (0, 1).
+    """
+    gammas = gammas_of_betas(torch.as_tensor(betas, dtype=torch.float64).numpy())
+    return table_model(_Plain(network), gammas, shape, levels, parameterization, Reverse(variance, clip, "gaussian"))
 
 
 def elbo(model: DiffusionModel, images: Any, labels: Any = None, *, steps: int = 0, seed: int = 0) -> Terms:

@@ -175,16 +175,17 @@ def _check_format(record: Any, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Only one training at a time may write to a run. The lock ends with the process, however that ends."""
+def locked(folder: Path, doing: str = "training") -> Iterator[None]:
+    """Only one process at a time may write to a folder, as a training does to its run. The lock ends with the process,
+    however that ends."""
     import fcntl
 
-    descriptor = os.open(run, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is training {run}; wait for it, or stop it") from None
+            raise UserError(f"another process is {doing} {folder}; wait for it, or stop it") from None
         except OSError:
             pass  # a file system without locks
         yield

@@ -1,4 +1,4 @@
-"""The command line: ``nelbo presets | train | evaluate | sample | report``.
+"""The command line: ``nelbo presets | train | evaluate | sample | fid | report``.
 
 A mistake of the user's gets one line on stderr and exit status 2. Heavy libraries load where a verb needs them.
 """
@@ -75,13 +75,12 @@ class Evaluate:
     """vlb: independent shifts of the time grid; 2 or more give the draws' own error."""
     steps: int | None = None
     """vlb: T of the discrete bound, 0 for continuous time. By default the T of training."""
-    variance: Literal["fixed-small", "fixed-large", "learned"] | None = None
-    """vlb: variance of the steps at finite T (DDPM's beta~, beta, or the network's). By default the model's own."""
-    clip: Literal["on", "off"] | None = None
-    """Whether x_hat is kept within the grey levels, at finite T and in a gaussian decoder. By default as the model
-    does."""
-    dequantization: Literal["truncated-normal", "uniform", "variational"] | None = None
-    """ode: noise that makes reals of grey levels; variational: Gaussian, with the model's decoder. By default
+    variance: Literal["own", "fixed-small", "fixed-large", "learned"] = "own"
+    """vlb: variance of the steps at finite T: the model's own, DDPM's beta~ or beta, or an output of the network."""
+    clip: Literal["own", "on", "off"] = "own"
+    """Whether x_hat is kept within the grey levels, at finite T and in a gaussian decoder; own: as the model does."""
+    dequantization: Literal["own", "truncated-normal", "uniform", "variational"] = "own"
+    """ode: noise that makes reals of grey levels; variational: Gaussian, with the model's decoder. own:
     truncated-normal, and variational where the decoder is the network's own Gaussian (DDPM)."""
     samples: int = 1
     """ode: importance samples K of noise and latent per image and replicate (20 in MuLAN's and i-DODE's papers)."""
@@ -121,21 +120,39 @@ class Sample:
     """Draw images from a run: RUN/samples/NAME.npz and .png, and the denoising trajectory as a strip."""
 
     run: Run
-    """A run folder."""
+    """A run folder; or a diffusers pipeline of a DDPM, its folder or hub id."""
     count: int = 64
     """Images."""
-    method: Literal["ancestral", "ode"] = "ancestral"
-    """ancestral: T steps of p(z_s|z_t); ode: the probability flow, with as many evaluations as the tolerance needs."""
-    steps: int = 256
-    """ancestral: T."""
+    method: Literal["ancestral", "ddim", "ode"] = "ancestral"
+    """ancestral: steps of p(z_s|z_t); ddim: larger strides along the same estimates, deterministic by default; ode: the
+    probability flow, with as many evaluations as the tolerance needs."""
+    steps: int | None = None
+    """ancestral, ddim: steps. By default 256, or all there are between the noise levels of a table (DDPM)."""
+    spacing: Literal["even", "quadratic"] = "even"
+    """ancestral, ddim: times equal in t or in its root; with few steps quadratic keeps fine detail."""
+    eta: float = 0.0
+    """ddim: share of the noise, from 0, none, to 1, that of ancestral with fixed-small."""
+    variance: Literal["fixed-small", "fixed-large", "learned"] | None = None
+    """ancestral: variance of the steps (DDPM's beta~, beta, or the network's). By default the model's own."""
     clip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """ancestral: keep x_hat within the grey levels at every step."""
+    """ancestral, ddim: keep x_hat within the grey levels at every step, even where the model does not."""
     rtol: float = 3e-4
     """ode: relative tolerance per pixel, in units of the noise there."""
     atol: float = 3e-4
     """ode: absolute tolerance per pixel, in units of the noise there."""
     decoding: Literal["argmax", "categorical"] = "argmax"
     """The most probable levels of p(v|z_0), or a draw of it."""
+    shard: int | None = None
+    """For many images: so many a file, in the folder NAME/, with a grid of each; killed, the same command goes on."""
+    interpolate: tuple[str, ...] = ()
+    """Instead of samples, a strip from one image to another: two image files, or numbers of the test split. ddim and
+    ode: between their noise at t = 1, spherically; ancestral: between the two noised, as in DDPM."""
+    points: int = 11
+    """--interpolate: images in the strip, at even weights from 0 to 1."""
+    time: float = 0.5
+    """--interpolate by ancestral: the t that the two are noised to; the nearest step below it is taken."""
+    shared_noise: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """--interpolate by ancestral: both get the same noise, so that mixtures are as noisy as the network expects."""
     checkpoint: str = "best"
     """best, last or a step."""
     weights: Weights = "ema"
@@ -145,9 +162,70 @@ class Sample:
     batch: int = 256
     """Images at once."""
     trajectory: int = 8
-    """ancestral: images shown on their way from noise; 0 for no strip."""
+    """ancestral, ddim: images shown on their way from noise; 0 for no strip."""
     out: Path | None = None
-    """Path of the files without suffix. By default RUN/samples/ and a name made of the settings."""
+    """Path of the files without suffix, with --shard the folder. By default RUN/samples/ (evaluations/NAME/samples/
+    here for others' checkpoints) and a name made of the settings."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... By default a GPU where there is one."""
+    threads: int | None = None
+    """CPU threads. By default what PyTorch takes."""
+
+
+@dataclass(frozen=True)
+class Fid:
+    """The Fréchet inception distance of a run's samples, or of images, from a data set, and their inception score;
+    writes RUN/evaluations/fid-*.json."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER|NPZ")]
+    """A run, of which samples are drawn now; or images: a folder of image files, or a .npz or .npy file or folder
+    of shards such as `nelbo sample` writes."""
+    reference: str = "train"
+    """train, validation or test, a split of the data set; a file or folder of images; or a file of --statistics.
+    Published figures are against the training split."""
+    data: str | None = None
+    """The data set: a name, a .npy or .npz file or a folder. By default the run's."""
+    statistics: Path | None = None
+    """File to keep the reference's statistics in, and to take them from. By default in RUN/evaluations/."""
+    count: int | None = None
+    """Images: drawn from a run, by default 10000; or the first so many of a file or folder, by default all."""
+    levels: int | None = None
+    """Grey levels of images that do not say it. By default 256."""
+    extractor: Literal["inception", "small", "random"] = "inception"
+    """inception: what published figures use; small: a small network of your own --weights; random: the same with
+    weights drawn from a seed, for comparisons among models of the same data only."""
+    weights: Path | None = None
+    """The extractor's weights: .safetensors, or for inception .pth, which torch-fidelity's address gives otherwise."""
+    feature_seed: int = 0
+    """random: seed of the extractor's weights."""
+    splits: int = 10
+    """Parts of the samples: of the inception score, and of the jackknife for bias and error."""
+    method: Literal["ancestral", "ddim", "ode"] = "ancestral"
+    """Of a run's samples; the options of each as in `nelbo sample`."""
+    steps: int | None = None
+    """ancestral, ddim: steps. By default 256, or all there are between the noise levels of a table (DDPM)."""
+    spacing: Literal["even", "quadratic"] = "even"
+    """ancestral, ddim: times equally far apart, or their roots."""
+    eta: float = 0.0
+    """ddim: 0 is deterministic, 1 ancestral."""
+    variance: Literal["fixed-small", "fixed-large", "learned"] | None = None
+    """ancestral: variance of the steps. By default the model's own."""
+    clip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """ancestral, ddim: keep x_hat within the grey levels at every step, even where the model does not."""
+    rtol: float = 3e-4
+    """ode: relative tolerance per pixel, in units of the noise there."""
+    atol: float = 3e-4
+    """ode: absolute tolerance per pixel, in units of the noise there."""
+    checkpoint: str = "best"
+    """best, last or a step."""
+    run_weights: Weights = "ema"
+    """The moving average of the run's weights, or the raw ones."""
+    seed: int = 0
+    """Seed of the samples; sample k does not depend on the count."""
+    batch: int = 64
+    """Images at once."""
+    out: Path | None = None
+    """The file to write. By default RUN/evaluations/fid-*.json, and none for images that belong to no run."""
     device: str | None = None
     """cpu, cuda, cuda:1, ... By default a GPU where there is one."""
     threads: int | None = None
@@ -215,7 +293,8 @@ def _evaluate(command: Evaluate) -> None:
 
     names = {f.name for f in dataclasses.fields(evaluation.Settings)}
     chosen = {k: v for k, v in vars(command).items() if k in names}
-    chosen["clip"] = None if command.clip is None else command.clip == "on"
+    chosen |= {name: None for name in ("variance", "dequantization") if chosen[name] == "own"}
+    chosen["clip"] = {"own": None, "on": True, "off": False}[command.clip]
     settings = evaluation.Settings(**chosen)
     device = choose_device(command.device)
     with Progress() as progress:
@@ -303,56 +382,96 @@ def _conditions(settings: dict[str, Any]) -> str:
 
 
 def _sample(command: Sample) -> None:
-    for name in ("count", "steps", "batch"):
-        if getattr(command, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(command, name)}")
-    if not 0 <= command.seed < 2**64 or command.trajectory < 0:
-        raise UserError(
-            "--seed must lie in 0 .. 2^64 - 1 and --trajectory be 0 or more, "
-            f"got {command.seed} and {command.trajectory}"
-        )
-    given = {"ancestral": command.steps, "ode": f"{command.rtol:g}"}[command.method]
-    if command.method == "ode" and (command.steps, command.clip) != (Sample.steps, Sample.clip):
-        raise UserError("--steps and --clip belong to --method ancestral, and the method is ode")
-    if command.method == "ancestral" and (command.rtol, command.atol) != (Sample.rtol, Sample.atol):
-        raise UserError("--rtol and --atol belong to --method ode, and the method is ancestral")
-    for name in ("rtol", "atol"):
-        if not 0 < getattr(command, name) < 1:
-            raise UserError(f"--{name} must lie between 0 and 1, got {getattr(command, name)}")
     _set_threads(command.threads)
     from nelbo import checkpoints, sampling
     from nelbo.devices import choose_device
     from nelbo.progress import Progress
+    from nelbo.resolve import resolve
 
-    checkpoints.read_run(command.run)
-    step = checkpoints.read_checkpoint(command.run, command.checkpoint).step
-    device = choose_device(command.device)
-    model = checkpoints.load_model(command.run, command.checkpoint, command.weights, device)
-    if command.method == "ode" and model.schedule_reads_image:
-        raise UserError(f"the schedule of {command.run} reads the image: it has no probability flow; use ancestral")
-    name = f"step-{step}-{command.method}-{given}-seed{command.seed}-{command.count}"
-    for word, chosen in (("clip", command.clip), (command.decoding, command.decoding != "argmax"),
-                         (command.weights, command.weights != "ema")):  # fmt: skip
-        name += f"-{word}" if chosen else ""
-    stem = command.out or command.run / "samples" / name
+    settings = sampling.Settings(**{f.name: getattr(command, f.name) for f in dataclasses.fields(sampling.Settings)})
+    between = _between(command)
+    sampling.check(settings, between)
+    source = resolve(command.run, command.checkpoint, command.weights)
+    model = source.load(source.levels or 256, choose_device(command.device))
+    settings = sampling.resolved(settings, model, source.name)
+    stem = command.out or source.folder / "samples" / sampling.name_of(settings, source, command.weights, between)
     checkpoints.make_folder(stem.parent)
-    with Progress() as progress:
-        paths = sampling.sample_to_files(
-            model,
-            stem,
-            count=command.count,
-            method=command.method,
-            steps=command.steps,
-            clip=command.clip,
-            rtol=command.rtol,
-            atol=command.atol,
-            categorical=command.decoding == "categorical",
-            seed=command.seed,
-            batch=command.batch,
-            shown=command.trajectory,
-            progress=lambda done: progress.update("sampling", done, command.count),
-        )
+    if between is not None:
+        paths = sampling.interpolate_to_files(model, stem, settings, between, source)
+    else:
+        with Progress() as progress:
+
+            def seen(done: int) -> None:
+                progress.update("sampling", done, settings.count)
+
+            if settings.shard is None:
+                paths = sampling.sample_to_files(model, stem, settings, seen)
+            else:
+                sampling.sample_to_shards(model, stem, settings, sampling.identity(source, command.weights), seen)
+                paths = [stem]
     print("written: " + ", ".join(map(str, paths)))
+
+
+def _between(command: Sample) -> Any:
+    """The interpolation that was asked for, or None."""
+    from nelbo import sampling
+
+    if command.interpolate:
+        return sampling.Between(command.interpolate, command.points, command.time, command.shared_noise)
+    for name in ("points", "time", "shared_noise"):
+        if getattr(command, name) != getattr(Sample, name):
+            raise UserError(f"--{name.replace('_', '-')} belongs to --interpolate A B, and there is none")
+    return None
+
+
+def _fid(command: Fid) -> None:
+    _set_threads(command.threads)
+    from nelbo import fid
+    from nelbo.devices import choose_device
+    from nelbo.progress import Progress
+
+    names = {f.name for f in dataclasses.fields(fid.Settings)}
+    settings = fid.Settings(**{k: v for k, v in vars(command).items() if k in names})
+    device = choose_device(command.device)
+    with Progress() as progress:
+        found = fid.evaluate(command.source, settings, out=command.out, device=device, progress=progress.update)
+    _print_fid(found)
+
+
+def _print_fid(found: Any) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    record, frechet = found.record, found.frechet
+    reference, extractor = record["reference"], record["extractor"]
+    training = "" if reference["name"] == "train" else "; published figures are against training images"
+    print(f"{record['samples']['what']}, against {reference['what']}{training}")
+    name = "FID" if extractor["name"] == "inception" else "Fréchet distance"
+    table = Table("", "value", "standard error")
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def row(name: str, value: float, error: float, style: str | None = None) -> None:
+        shown = ["" if v != v else f"{v:.4f}" for v in (value, error)]
+        table.add_row(escape(name), *shown, style=style)
+
+    nan, title = float("nan"), f"{name} ({extractor['name']}, {extractor['features']} features)"
+    row(title, frechet.value, frechet.standard_error, "bold")
+    if frechet.bias == frechet.bias:
+        row("  of which for want of samples (jackknife)", frechet.bias, nan)
+        row("  of infinitely many samples, about", frechet.limit, nan)
+    row("  of as many samples of a perfect model, about", found.floor, nan)
+    if found.inception_score is not None:
+        mean, deviation = found.inception_score
+        parts = record["inception_score"]["splits"]
+        table.add_row(f"inception score, {parts} splits", f"{mean:.4f}", f"{deviation:.4f} (std of a split)")
+    Console(width=None if sys.stdout.isatty() else 98).print(table)
+    for line in (extractor["note"], record["warning"] and f"warning: {record['warning']}"):
+        if line:
+            print(line)
+    if found.path is not None:
+        print(f"written: {found.path}")
 
 
 def _report(command: Report) -> None:
@@ -392,7 +511,8 @@ def _help() -> str:
             "  nelbo presets                              what there is, one line each",
             "  nelbo train PRESET --out RUN [--field value]  train; the same command again resumes; --dry-run prints",
             "  nelbo evaluate RUN [--method vlb|ode]      bits/dim with error bars; writes RUN/evaluations/*.json",
-            "  nelbo sample RUN --count N                 images: .npz and a .png grid",
+            "  nelbo sample RUN --count N                 images: .npz and a .png grid; in shards; --interpolate A B",
+            "  nelbo fid RUN|FOLDER|NPZ                   Fréchet inception distance and inception score of samples",
             "  nelbo report RUN [RUN ...]                 one self-contained HTML page",
             "",
             "`nelbo VERB --help` explains every option; `nelbo train PRESET --help` every field with its default.",
@@ -403,6 +523,7 @@ def _help() -> str:
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "evaluate": (Evaluate, _evaluate),
     "sample": (Sample, _sample),
+    "fid": (Fid, _fid),
     "report": (Report, _report),
 }
 

@@ -222,6 +222,16 @@ class TrainingConfig:
     """Stratified times per image, per shift, in interim evaluations."""
     sample_every: int = 10_000_000
     """Images between grids of samples; 0 is never."""
+    fid_every: int = 0
+    """Images between FIDs of samples against the training images; 0 is never."""
+    fid_samples: int = 5000
+    """Samples of such a FID. Its bias falls with their number: compare figures of one number only."""
+    fid_steps: int = 50
+    """DDIM steps of such a sample."""
+    fid_extractor: Literal["inception", "small", "random"] = "inception"
+    """Features of such a FID (see nelbo fid --help)."""
+    fid_weights: str | None = None
+    """File of the extractor's weights. By default inception's are fetched."""
     save_every: int = 1_000_000
     """Images between checkpoints; 0 is only at the end."""
     keep: int = 3
@@ -252,13 +262,15 @@ class Config:
 
 POSITIVE = (
     "schedule.width latent.size latent.k encoder.levels encoder.channels network.channels network.groups "
-    "objective.prior_scale optimizer.learning_rate optimizer.schedule_learning_rate optimizer.eps "
-    "training.steps training.batch training.accumulate training.log_every training.evaluate_images "
-    "training.evaluate_times training.keep network.blocks objective.min_snr objective.hybrid objective.p2_k"
+    "objective.prior_scale optimizer.learning_rate optimizer.schedule_learning_rate optimizer.eps training.steps "
+    "training.batch training.accumulate training.log_every training.evaluate_images training.evaluate_times "
+    "training.keep training.fid_samples training.fid_steps network.blocks objective.min_snr objective.hybrid "
+    "objective.p2_k"
 ).split()
 NOT_NEGATIVE = (
-    "network.levels objective.steps objective.latent_weight objective.p2_gamma objective.second_order optimizer.weight_decay "
-    "optimizer.warmup optimizer.clip training.seed training.evaluate_every training.sample_every training.save_every"
+    "network.levels objective.steps objective.latent_weight objective.p2_gamma objective.second_order "
+    "optimizer.weight_decay optimizer.warmup optimizer.clip training.seed training.evaluate_every "
+    "training.sample_every training.save_every training.fid_every"
 ).split()
 FRACTIONS = "network.dropout optimizer.beta_1 optimizer.beta_2 optimizer.ema".split()
 
@@ -457,7 +469,8 @@ def _parse(value: Any, hint: Any, where: str) -> Any:
 # holds is compared by content.)
 FREE = (
     "training.steps training.log_every training.evaluate_every training.evaluate_images training.evaluate_times "
-    "training.sample_every training.save_every training.keep data.source"
+    "training.sample_every training.save_every training.keep data.source training.fid_every training.fid_samples "
+    "training.fid_steps training.fid_extractor training.fid_weights"
 ).split()
 
 

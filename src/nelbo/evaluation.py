@@ -282,7 +282,7 @@ def _by_ode(
             save=None if unfinished is None else unfinished.write,
             progress=progress,
         )
-    except likelihood.SolverError as error:
+    except (likelihood.SolverError, ValueError) as error:  # both say what to do instead
         raise UserError(str(error)) from None
 
 

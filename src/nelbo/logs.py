@@ -58,7 +58,8 @@ class Log:
             # TensorBoard drops what earlier files hold of later steps.
             start = Event(wall_time=now, step=self.step + 1, session_log=SessionLog(status=SessionLog.START))
             self.events.write(start.SerializeToString())
-        figures = {name: value for name, value in record.items() if name in ("bits_per_dim", *CURVES)} | record["terms"]
+        figures = {name: value for name, value in record.items() if name in ("bits_per_dim", *CURVES)}
+        figures |= record.get("terms", {})
         values = [
             Summary.Value(tag=f"{record['kind']}/{name}", simple_value=v["mean"] if isinstance(v, dict) else v)
             for name, v in figures.items()
@@ -72,4 +73,4 @@ class Log:
             self.events.close()
 
 
-CURVES = ("learning_rate", "images_per_second", "gradient_norm", "second_order")
+CURVES = ("learning_rate", "images_per_second", "gradient_norm", "second_order", "error", "fid", "floor")

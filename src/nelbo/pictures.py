@@ -9,7 +9,7 @@ import numpy as np
 
 from nelbo.checkpoints import write_aside
 
-__all__ = ["grid", "save_samples", "strip"]
+__all__ = ["grid", "npz", "png", "save", "save_interpolation", "save_samples", "strip"]
 
 SHOWN = 400
 
@@ -45,10 +45,26 @@ def strip(trajectory: np.ndarray, levels: int) -> Any:
     return grid(trajectory.swapaxes(0, 1).reshape(moments * count, *trajectory.shape[2:]), levels, columns=moments)
 
 
-def _png(picture: Any) -> bytes:
+def png(picture: Any) -> bytes:
+    """A pillow image as a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def npz(**arrays: Any) -> bytes:
+    """Arrays as an .npz file, compressed."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def save(stem: Path, files: dict[str, bytes]) -> list[Path]:
+    """STEM and an ending -> contents, each written aside and renamed; their paths."""
+    paths = [stem.with_name(stem.name + ending) for ending in files]
+    for path, content in zip(paths, files.values(), strict=True):
+        write_aside(path, content)
+    return paths
 
 
 def save_samples(
@@ -59,15 +75,25 @@ def save_samples(
     The .npz holds all images, the picture the first ``SHOWN``.
     """
     images = np.asarray(images)
-    arrays = {"images": images, "levels": np.int64(levels)}
-    if trajectory is not None and moments is not None:
-        arrays |= {"trajectory": trajectory, "trajectory_t": moments}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    files = [(stem.with_name(stem.name + ".npz"), buffer.getvalue())]
-    files.append((stem.with_name(stem.name + ".png"), _png(grid(images[:SHOWN], levels))))
+    shown = {} if trajectory is None else {"trajectory": trajectory, "trajectory_t": moments}
+    files = {
+        ".npz": npz(images=images, levels=np.int64(levels), **shown),
+        ".png": png(grid(images[:SHOWN], levels)),
+    }
     if trajectory is not None:
-        files.append((stem.with_name(stem.name + "-trajectory.png"), _png(strip(trajectory, levels))))
-    for path, content in files:
-        write_aside(path, content)
-    return [path for path, _ in files]
+        files["-trajectory.png"] = png(strip(trajectory, levels))
+    return save(stem, files)
+
+
+def save_interpolation(stem: Path, images: Any, weights: Any, ends: Any, levels: int) -> list[Path]:
+    """STEM.npz, with images (n, C, H, W) at weights (n,) between two ends (2, C, H, W), and STEM.png, a row of them
+    between the two; their paths."""
+    images, ends = np.asarray(images), np.asarray(ends)
+    row = np.concatenate((ends[:1], images, ends[1:]))
+    return save(
+        stem,
+        {
+            ".npz": npz(images=images, levels=np.int64(levels), weights=np.asarray(weights), ends=ends),
+            ".png": png(grid(row, levels, columns=len(row))),
+        },
+    )

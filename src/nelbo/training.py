@@ -122,6 +122,14 @@ class Trainer:
         self.added = [name for name, wanted in zip(
             ADDED, (objective.second_order > 0, objective.loss != "bound"), strict=True
         ) if wanted]  # fmt: skip
+        self.extractor: Any = None
+        if training.fid_every and self.accelerator.is_main_process:
+            from nelbo.extractors import load_extractor
+
+            self.extractor = load_extractor(
+                training.fid_extractor, weights=training.fid_weights, channels=data.shape[0],
+                device=self.accelerator.device,
+            )  # fmt: skip
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, float] | None = None
         self.window = self.empty_window()
@@ -309,6 +317,19 @@ class Trainer:
             "terms": {k: {"mean": v.mean, "standard_error": v.standard_error} for k, v in result.terms.items()},
         }
 
+    def fid(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """FID and inception score of samples of the averaged weights against the training images."""
+        from nelbo import fid
+
+        training = self.config.training
+        assert self.extractor is not None
+        found = fid.during_training(
+            self.ema, self.data, self.run, self.extractor, count=training.fid_samples, say=say,
+            method="ddim", steps=training.fid_steps, batch=training.batch,
+        )  # fmt: skip
+        images, seconds = self.step * training.batch, round(self.seconds, 3)
+        return {"kind": "fid", "step": self.step, "images": images, "seconds": seconds, **found}
+
     def sample(self) -> None:
         """A grid of samples of the averaged weights."""
         drawn = samplers.sample(self.ema, 64, steps=self.config.objective.steps or 100)
@@ -458,6 +479,10 @@ def _loop(
                 say(f"step {trainer.step}: {value} bits/dim on validation{', the best so far' * improved}")
             if due(training.sample_every):
                 trainer.sample()
+            if due(training.fid_every):
+                figures = trainer.fid(say)
+                log.write(figures)
+                say(f"step {trainer.step}: FID {figures['fid']:.2f}, {figures['samples']} samples")
             if stop or last or improved or due(training.save_every):
                 trainer.save()
         if stop and not last:

@@ -29,9 +29,10 @@ import numpy as np
 from nelbo.data.loader import permutation
 from nelbo.errors import UserError
 
-__all__ = ["SOURCES", "SPLITS", "Dataset", "load"]
+__all__ = ["SOURCES", "SPLITS", "Dataset", "load", "read_image", "read_images"]
 
 SPLITS = ("train", "validation", "test")
+SHOWN = ("trajectory", "trajectory_t")  # what a file of samples holds beside them
 SPLIT_SEED = 20251
 
 
@@ -98,6 +99,21 @@ def load(source: str) -> Dataset:
         levels=levels,
         description=f"{name}: {counts} images of {channels}x{height}x{width}, {levels} levels",
     )
+
+
+def read_images(source: str | Path) -> tuple[dict[str, np.ndarray], int | None]:
+    """The images of a file or folder as they lie there: split -> (N, C, H, W), "train" alone where it names no splits;
+    and its levels, None where that is not said."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path), None
+    if path.suffix.lower() not in (".npy", ".npz") or not path.is_file():
+        problem = "is neither" if path.exists() else "is not there"
+        raise UserError(f"images must be a folder of image files, or a .npy or .npz file; {path} {problem}")
+    images, _, levels = _arrays(path)
+    with path.open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)
+        return images, levels if not isinstance(loaded, np.ndarray) and "levels" in loaded else None
 
 
 def _digits() -> Dataset:
@@ -169,7 +185,7 @@ def _arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | 
     keys = {"train": "images"} if "images" in arrays else {split: split for split in SPLITS}
     label_keys = {split: "labels" if key == "images" else f"{key}_labels" for split, key in keys.items()}
     choices = [*keys.values(), *label_keys.values(), "levels"]
-    unknown = [key for key in arrays if key not in choices]
+    unknown = [key for key in arrays if key not in (*choices, *SHOWN)]
     if unknown:
         raise UserError(f"unknown array {unknown[0]} in {path}; the choices are {', '.join(choices)}")
     levels = _levels(arrays.get("levels", np.array(256)), path)
@@ -260,7 +276,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 def _read_images(files: list[Path]) -> np.ndarray:
     """Files as RGB, (N, H, W, 3) uint8."""
-    images = [_read_image(file) for file in files]
+    images = [read_image(file) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
             raise UserError(
@@ -270,7 +286,7 @@ def _read_images(files: list[Path]) -> np.ndarray:
     return np.stack(images)
 
 
-def _read_image(file: Path) -> np.ndarray:
+def read_image(file: Path) -> np.ndarray:
     """A file as RGB, (H, W, 3) uint8."""
     from PIL import Image
 

@@ -73,35 +73,46 @@ def ddpm_unet(
     """DDPM's U-Net for images of ``shape``: ``channels`` times each of ``multipliers`` at halved resolutions,
     ``blocks`` residual blocks a level, attention where the height is one of ``attention``, and in the middle.
 
-    The settings are those of google/ddpm-cifar10-32: with its arguments, 35.7 M parameters. Raises ImportError without
-    diffusers.
+    The settings are those of google/ddpm-cifar10-32: with its arguments, 35.7 M parameters. Weights begin as in DDPM's
+    code: Glorot's uniform, and zero where a block or the network ends. Raises ImportError without diffusers.
     """
     from diffusers import UNet2DModel
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
 
     sizes = [shape[1] // 2**i for i in range(len(multipliers))]
     kinds = ["Attn" if size in attention else "" for size in sizes]
-    return DiffusersUNet(
-        UNet2DModel(
-            sample_size=shape[1:] if shape[1] != shape[2] else shape[1],
-            in_channels=inputs,
-            out_channels=outputs,
-            center_input_sample=False,
-            time_embedding_type="positional",
-            freq_shift=1,
-            flip_sin_to_cos=False,
-            down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-            up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-            block_out_channels=tuple(channels * m for m in multipliers),
-            layers_per_block=blocks,
-            mid_block_scale_factor=1,
-            downsample_padding=0,
-            dropout=dropout,
-            act_fn="silu",
-            attention_head_dim=None,
-            norm_num_groups=groups,
-            norm_eps=1e-6,
-        )
+    unet: Any = UNet2DModel(
+        sample_size=shape[1:] if shape[1] != shape[2] else shape[1],
+        in_channels=inputs,
+        out_channels=outputs,
+        center_input_sample=False,
+        time_embedding_type="positional",
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+        block_out_channels=tuple(channels * m for m in multipliers),
+        layers_per_block=blocks,
+        mid_block_scale_factor=1,
+        downsample_padding=0,
+        dropout=dropout,
+        act_fn="silu",
+        attention_head_dim=None,
+        norm_num_groups=groups,
+        norm_eps=1e-6,
     )
+    for module in unet.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+        elif isinstance(module, Attention):
+            nn.init.zeros_(module.to_out[0].weight)
+    nn.init.zeros_(unet.conv_out.weight)
+    return DiffusersUNet(unet)
 
 
 TIMESTEP_NETWORKS: dict[str, Callable[..., nn.Module]] = {"ddpm": ddpm_unet}

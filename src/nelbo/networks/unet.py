@@ -145,7 +145,8 @@ class FlatUNet(nn.Module):
     def time(self, gamma: Tensor, z: Tensor) -> Tensor:
         """Embedding of the mean of gamma over the image: (B, channels)."""
         mean = gamma.expand(len(z), *gamma.shape[1:]).mean((1, 2, 3))
-        return time_embedding((mean - self.gamma_0) / (self.gamma_1 - self.gamma_0), self.channels)
+        t = (mean - self.gamma_0) / (self.gamma_1 - self.gamma_0)  # of a table in float64
+        return time_embedding(t.to(z.dtype), self.channels)
 
     def conditioned(self, gamma: Tensor, z: Tensor, conditioning: Tensor | None) -> Tensor:
         """The conditioning vector of every residual block."""
@@ -170,7 +171,7 @@ class PixelNoiseUNet(FlatUNet):
     def time(self, gamma: Tensor, z: Tensor) -> Tensor:
         """Embeddings of a pixel's channels side by side: (B, H, W, C channels)."""
         t = (gamma.expand_as(z) - self.gamma_0) / (self.gamma_1 - self.gamma_0)
-        return time_embedding(t.permute(0, 2, 3, 1), self.channels).flatten(-2)
+        return time_embedding(t.to(z.dtype).permute(0, 2, 3, 1), self.channels).flatten(-2)
 
     def conditioned(self, gamma: Tensor, z: Tensor, conditioning: Tensor | None) -> Tensor:
         if conditioning is not None:

@@ -22,6 +22,7 @@ __all__ = [
     "by_time",
     "dots",
     "latent_cost",
+    "progressive",
     "schedule_change",
     "schedule_comparison",
     "schedule_lines",
@@ -279,6 +280,23 @@ def by_time(runs: Sequence[Run], label: str) -> Markup:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("t  (0: image, 1: noise)")
         axes.set_ylabel("diffusion, bits/dim")
+        _legend(axes)
+
+    return _draw(paint, label)
+
+
+def progressive(runs: Sequence[Run], label: str) -> Markup:
+    """Bits received against what is then known of an image."""
+
+    def paint(axes: Any) -> None:
+        for run in runs:
+            assert run.headline is not None and run.headline.progressive is not None
+            _, rate, rmse = run.headline.progressive
+            axes.plot(rate, rmse, _dash(run.number), color=_colour(run.number), label=short(run.name))
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("bits/dim received")
+        axes.set_ylabel("error of x̂, grey levels (rms)")
         _legend(axes)
 
     return _draw(paint, label)

@@ -100,6 +100,7 @@ def _render(runs: list[Run]) -> str:
         training=[_training(group) for group in groups],
         terms=[_terms(group) for group in groups],
         by_time=[_by_time(group) for group in groups],
+        rate=[_rate(group) for group in groups],
         samples=_samples(runs, sources),
         schedules=_schedules(runs, models, sources),
         settings=_settings(runs),
@@ -257,6 +258,19 @@ def _by_time(group: Group) -> Block:
     for run in group.evaluated:
         if run not in timed:
             block.missing.append((f"The evaluation of {run.name} holds no loss by time.", run.command("evaluate")))
+    _missing_evaluations(block, group)
+    return block
+
+
+def _rate(group: Group) -> Block:
+    from nelbo.report import figures
+
+    block = Block(group.title)
+    known = [run for run, e in group.bounded if e.progressive is not None]
+    if known:
+        svg = figures.progressive(known, "Bits received against the error of x̂ for " + ", ".join(r.name for r in known))
+        block.figures.append(Figure("From pure noise, on the left, to z₀; images on average.", svg))
+        block.tables.append(tables.rate_table(group))
     _missing_evaluations(block, group)
     return block
 

@@ -65,6 +65,8 @@ class Evaluation:
     per_image: tuple[np.ndarray, np.ndarray] | None
     is_bound: bool = True
     tolerance: Estimate | None = None
+    progressive: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    """t, bits/dim received above t and rmse in grey levels (evaluation.progressive)."""
 
     @property
     def method(self) -> str:
@@ -199,7 +201,8 @@ def _read_run(path: Path, name: str, number: int, checkpoint: str) -> Run:
     shape, levels = info["data"]["shape"], info["data"]["levels"]
     if not 2 <= levels <= 256:
         raise UserError(f"{file}: data.levels must lie in 2 .. 256, got {levels}")
-    evaluations = [_evaluation(e) for e in sorted((path / "evaluations").glob("[!.]*.json"))]
+    files = sorted((path / "evaluations").glob("[!.]*.json"))
+    evaluations = [_evaluation(e) for e in files if not e.name.startswith("fid-")]
     curves, samples = _curves(path / "metrics.jsonl"), _samples(path / "samples", shape)
     return Run(path, name, number, info, curves, evaluations, samples, checkpoint)
 
@@ -260,6 +263,8 @@ def _curves(file: Path) -> Curves:
     seen = {"train": -1, "evaluation": -1}
     for place, values in _lines(file):
         kind = values.get("kind")
+        if kind == "fid":
+            continue
         if kind not in seen:
             raise UserError(f"{place}: kind must be train or evaluation, got {kind!r}")
         step, seconds = _entry(values, "step", int, place), _entry(values, "seconds", float, place)
@@ -281,6 +286,22 @@ def _curves(file: Path) -> Curves:
     return curves
 
 
+def _columns(
+    values: dict[str, Any], name: str, keys: tuple[str, str, str], file: Path
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Three lists of one length, where there are any."""
+    if values.get(name) is None:
+        return None
+    columns = [_entry(values, f"{name}.{key}", list, file) for key in keys]
+    try:
+        a, b, c = (np.array(column, dtype=float) for column in columns)
+    except (TypeError, ValueError):
+        raise UserError(f"{file}: {name} must hold lists of numbers") from None
+    if not a.shape == b.shape == c.shape:
+        raise UserError(f"{file}: {name} must hold three lists of one length, got {[len(c) for c in columns]}")
+    return a, b, c
+
+
 def _evaluation(file: Path) -> Evaluation:
     values = _json(file)
     terms = {name: _estimate(values, f"terms.{name}", file) for name in _entry(values, "terms", dict, file)}
@@ -288,16 +309,6 @@ def _evaluation(file: Path) -> Evaluation:
     for name in ("prior", "divergence", "latent") if ode else ("prior", "reconstruction", "diffusion", "latent"):
         if name not in terms:
             raise UserError(f"{file}: the field terms.{name} is missing")
-    by_time = None
-    if values.get("by_time") is not None:
-        columns = [_entry(values, f"by_time.{key}", list, file) for key in ("t", "mean", "standard_error")]
-        try:
-            t, mean, error = (np.array(column, dtype=float) for column in columns)
-        except (TypeError, ValueError):
-            raise UserError(f"{file}: by_time must hold lists of numbers") from None
-        if not t.shape == mean.shape == error.shape:
-            raise UserError(f"{file}: by_time must hold three lists of one length, got {[len(c) for c in columns]}")
-        by_time = t, mean, error
     baselines = []
     for number, entry in enumerate(values.get("baselines") or []):
         where = f"{file}, baseline {number + 1}"
@@ -320,7 +331,8 @@ def _evaluation(file: Path) -> Evaluation:
         checkpoint=_entry(values, "checkpoint.name", str, file),
         weights=_entry(values, "weights", str, file),
         settings=_entry(values, "settings", dict, file),
-        by_time=by_time,
+        by_time=_columns(values, "by_time", ("t", "mean", "standard_error"), file),
+        progressive=_columns(values, "progressive", ("t", "rate", "rmse"), file),
         latent_use=use if isinstance(use, dict) and "chance" in use else None,
         baselines=baselines,
         seconds=_entry(values, "seconds", float, file),

@@ -1,0 +1,613 @@
+"""``nelbo fid``: the Fréchet distance and the inception score of samples, against the statistics of a data set.
+
+Samples are drawn now from a run (its averaged weights), or read from a file or folder; the reference is the *training*
+split, as in the field's figures, unless another is named. Images are taken in a fixed random order, so that a folder
+sorted by class does not put a class into every part of the inception score.
+
+The reference's statistics are kept in a file: the sums of metrics.py, and a record of the images (SHA-256 of their
+values), the extractor (its digest) and the versions, all under one checksum. They are used where the images and the
+extractor are the same, and measured again, or refused where the user named the file, where not.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nelbo import checkpoints, metrics, samplers, sampling
+from nelbo.data import Dataset, load
+from nelbo.data.loader import permutation
+from nelbo.data.sources import SPLITS, read_images
+from nelbo.devices import versions
+from nelbo.errors import UserError
+from nelbo.extractors import Extractor, Features, as_extractor, load_extractor
+from nelbo.metrics import Frechet, Moments, Scores
+from nelbo.model import DiffusionModel
+from nelbo.resolve import INDEX, Source, resolve
+from nelbo.shards import Shards, is_shards, read_shards
+
+__all__ = [
+    "Result",
+    "Settings",
+    "during_training",
+    "evaluate",
+    "measure",
+    "read_statistics",
+    "reference_statistics",
+    "write_statistics",
+]
+
+FORMAT = 1
+BLOCK = 4096  # features whose sums are taken at once, whatever the batch
+FEW = 10_000  # images below which the bias is warned of
+PUBLISHED = 50_000
+ORDER_SEED = 20252  # of the order in which images are taken
+SPLIT_NAMES = {"train": "training", "validation": "validation", "test": "test"}
+ARRAYS = ("shift", "first", "second")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, against what, and with which features."""
+
+    reference: str = "train"
+    data: str | None = None
+    statistics: Path | None = None
+    count: int | None = None  # by default 10 000 of a run, all of a file or folder
+    levels: int | None = None
+    extractor: str = "inception"
+    weights: Path | None = None
+    feature_seed: int = 0
+    splits: int = 10
+    batch: int = 64
+    # of a run, as in sampling.Settings
+    checkpoint: str = "best"
+    run_weights: str = "ema"
+    method: str = "ancestral"
+    steps: int | None = None
+    spacing: str = "even"
+    eta: float = 0.0
+    variance: str | None = None
+    clip: bool = False
+    rtol: float = 3e-4
+    atol: float = 3e-4
+    seed: int = 0
+
+
+DRAWING = ("method", "steps", "spacing", "eta", "variance", "clip", "rtol", "atol", "seed", "batch")
+DRAWN = ("checkpoint", "run_weights", *(name for name in DRAWING if name != "batch"))
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures, the record of them, and where it was written; ``floor``: about what a perfect model would score."""
+
+    frechet: Frechet
+    floor: float
+    inception_score: tuple[float, float] | None
+    record: dict[str, Any]
+    path: Path | None
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """uint8 images (N, C, H, W) below ``levels``, and what they are, for people."""
+
+    values: np.ndarray
+    levels: int
+    what: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return self.values.shape[1:]
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    images: np.ndarray,
+    levels: int,
+    extractor: Extractor | Features,
+    *,
+    parts: int = 1,
+    batch: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[Moments], list[Scores] | None]:
+    """The sums of uint8 images (N, C, H, W) below ``levels``, in so many consecutive parts; no scores where the
+    extractor gives no probabilities. ``progress`` is called with the images done.
+
+    The sums do not depend on the batch; features of a network in float32 do, in their last digits.
+    """
+    extractor = as_extractor(extractor)
+    moments: list[Moments] = []
+    scores: list[Scores] = []
+    if progress is not None:
+        progress(0)
+    for part in metrics.consecutive(len(images), parts):
+        for first in range(part.start, part.stop, BLOCK):
+            end, features, probabilities = min(first + BLOCK, part.stop), [], []
+            for start in range(first, end, batch):
+                f, p = extractor(images[start : min(start + batch, end)], levels)
+                features.append(f)
+                probabilities += [] if p is None else [p]
+                if progress is not None:
+                    progress(min(start + batch, end))
+            block = Moments.of(np.concatenate(features))
+            block_scores = [Scores.of(np.concatenate(probabilities))] if probabilities else []
+            if first == part.start:
+                moments.append(block)
+                scores += block_scores
+            else:
+                moments[-1] += block
+                scores[-1:] = [scores[-1] + s for s in block_scores]
+    return moments, scores or None
+
+
+# Statistics on disk --------------------------------------------------------------------------------------------------
+
+
+class NotStatistics(UserError):
+    """The file is something else: it must not be written over."""
+
+
+def _digest(images: Images) -> str:
+    digest = hashlib.sha256(f"{images.levels} {images.values.shape}".encode())
+    digest.update(np.ascontiguousarray(images.values).data)
+    return digest.hexdigest()
+
+
+def _checksum(record: str, arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(record.encode())
+    for name in ARRAYS:
+        digest.update(f"{name} {arrays[name].shape};".encode())
+        digest.update(np.ascontiguousarray(arrays[name], dtype="<f8").data)
+    return digest.hexdigest()
+
+
+def write_statistics(path: Path, moments: Moments, record: dict[str, Any]) -> None:
+    """The sums and what they are of; ``record`` is JSON. Written aside and renamed."""
+    text = checkpoints.to_json({"format": FORMAT, "count": moments.count, **record})
+    arrays = {name: getattr(moments, name) for name in ARRAYS}
+    content = io.BytesIO()
+    np.savez(content, record=np.array(text), checksum=np.array(_checksum(text, arrays)), **arrays)
+    checkpoints.write_aside(path, content.getvalue())
+
+
+def read_statistics(path: Path) -> tuple[Moments, dict[str, Any]]:
+    """What ``write_statistics`` wrote; UserError where it was damaged or changed, or is something else."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
+            arrays = {name: loaded[name] for name in ("record", "checksum", *ARRAYS)}
+    except KeyError:
+        raise NotStatistics(f"{path} is not a file of statistics that nelbo wrote") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise NotStatistics(f"{path} is not a file") from None
+    except Exception as error:  # numpy, zipfile and zlib each raise their own
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read: it was cut short or is no .npz file ({reason})") from None
+    text = str(arrays["record"])
+    if str(arrays["checksum"]) != _checksum(text, arrays):
+        raise UserError(f"{path} was damaged or changed after it was written (its checksum disagrees): delete it")
+    record = json.loads(text)
+    if record["format"] != FORMAT:
+        raise UserError(f"{path} has format {record['format']!r}; this version of nelbo reads format {FORMAT}")
+    return Moments(record["count"], *(arrays[name] for name in ARRAYS)), record
+
+
+def reference_statistics(
+    images: Images,
+    extractor: Extractor,
+    cache: Path | None = None,
+    *,
+    own: bool = False,
+    batch: int = 64,
+    say: Callable[[str], None] = print,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Moments, dict[str, Any]]:
+    """The sums of reference images and their record, from the file ``cache`` where it holds them, and then kept there.
+
+    A cache of other images or another extractor is measured again and ``say`` told so. A damaged one too where it is
+    nelbo's ``own``, and is refused where the user named it.
+    """
+    cache = None if extractor.identity is None else cache
+    about = {
+        "what": images.what,
+        "images": {
+            "sha256": _digest(images),
+            "shape": list(images.values.shape),
+            "levels": images.levels,
+        },
+        "extractor": {"name": extractor.name, "identity": extractor.identity, "note": extractor.note},
+    }
+    if cache is not None and cache.exists():
+        try:
+            moments, record = read_statistics(cache)
+            same = record["images"] == about["images"]
+            if same and record["extractor"]["identity"] == extractor.identity:
+                return moments, {**record, **about}
+            say(f"{cache} is of another {'extractor' if same else 'set of images'}: measured again")
+        except UserError as error:
+            if not own:
+                raise
+            say(f"{error}; measured again")
+    (moments,), _ = measure(images.values, images.levels, extractor, batch=batch, progress=progress)
+    record = {**about, "versions": {**versions(), **extractor.versions}}
+    if cache is not None:
+        write_statistics(cache, moments, record)
+    return moments, record
+
+
+# Images --------------------------------------------------------------------------------------------------------------
+
+
+def draw(model: DiffusionModel, how: sampling.Settings, progress: Callable[[int], None] | None = None) -> np.ndarray:
+    """``how.count`` samples (count, C, H, W) uint8 of a model; sample k does not depend on how many there are."""
+    images = []
+    if progress is not None:
+        progress(0)
+    for first in range(0, how.count, how.batch):
+        size = min(how.batch, how.count - first)
+        if how.method == "ode":
+            drawn, flow = samplers.sample_ode(model, size, rtol=how.rtol, atol=how.atol, seed=how.seed, first=first)
+            if not flow.solution.success:
+                raise UserError(flow.solution.advice)
+        else:
+            drawn = samplers.sample(model, size, seed=how.seed, first=first, **how.chain)
+        images.append(drawn.cpu().numpy())
+        if progress is not None:
+            progress(first + size)
+    return np.concatenate(images)
+
+
+def _how(settings: Settings) -> sampling.Settings:
+    """The part of the settings that says how samples are drawn."""
+    chosen = {name: getattr(settings, name) for name in DRAWING}
+    return sampling.Settings(count=FEW if settings.count is None else settings.count, **chosen)
+
+
+def _is_images(path: Path) -> bool:
+    """Whether a verb's argument is a folder or a file of images, and not a model."""
+    if path.is_dir():
+        return not any((path / name).exists() for name in ("run.json", *INDEX))
+    return path.suffix.lower() in (".npz", ".npy")
+
+
+def _home(path: Path) -> Path | None:
+    """The run in whose samples/ a file lies."""
+    above = path.resolve().parent
+    return path.parent.parent if above.name == "samples" and (above.parent / "run.json").is_file() else None
+
+
+def _read(path: Path, settings: Settings, reference_levels: int) -> Images:
+    """All images of a file, a folder or its shards, or the first ``settings.count``."""
+    if path.is_dir() and is_shards(path):
+        splits, said = {"train": np.concatenate(list(read_shards(path)))}, Shards.read(path).meta["levels"]
+    else:
+        splits, said = read_images(path)
+    if set(splits) != {"train"}:
+        raise UserError(f"{path} must hold images without splits, got {', '.join(splits)}")
+    images = splits["train"]
+    levels = _levels(path, images, said, settings.levels, reference_levels)
+    if settings.count is not None and settings.count > len(images):
+        raise UserError(f"--count must be at most {len(images)}, the images of {path}, got {settings.count}")
+    images = images[: settings.count]
+    return Images(images, levels, f"{len(images)} images of {path}")
+
+
+def _levels(path: Path, images: np.ndarray, said: int | None, asked: int | None, reference: int) -> int:
+    """The levels of images: what the file says, what --levels says, or 256 where that is beyond doubt."""
+    if said is not None and asked not in (None, said):
+        raise UserError(f"{path} says that it has {said} levels, and --levels {asked}")
+    levels, most = said or asked, int(images.max())
+    if levels is None and most < reference < 256:
+        raise UserError(
+            f"{path} does not say how many levels it has: no value is above {most}, and the reference has {reference}; "
+            f"give --levels {reference} or --levels 256"
+        )
+    levels = levels or 256
+    if most >= levels:
+        raise UserError(f"--levels must be above every value, got {levels} and a value of {most} in {path}")
+    return levels
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Statistics that the user gave as a file."""
+
+    path: Path
+    moments: Moments
+    record: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the images."""
+        return tuple(self.record["images"]["shape"][1:])
+
+    @property
+    def levels(self) -> int:
+        """Of the images."""
+        return int(self.record["images"]["levels"])
+
+
+def _reference(settings: Settings, dataset: Dataset | None) -> Images | Kept:
+    """The reference's images, or its statistics from a file."""
+    if settings.reference in SPLITS:
+        if dataset is None:
+            raise UserError(f"--reference {settings.reference} needs --data NAME_OR_PATH, the data set")
+        images = dataset.images[settings.reference]
+        what = f"{len(images)} {SPLIT_NAMES[settings.reference]} images of {dataset.name} (version {dataset.version})"
+        return Images(images, dataset.levels, what)
+    path = Path(settings.reference).expanduser()
+    if not path.exists():
+        raise UserError(f"--reference must be one of {', '.join(SPLITS)} or a path, and {path} is not there")
+    if path.suffix.lower() == ".npz" and path.is_file():
+        with contextlib.suppress(NotStatistics):
+            return Kept(path, *read_statistics(path))
+    splits, said = read_images(path)
+    if "train" not in splits:
+        raise UserError(f"--reference {path} must hold images, or train among its splits; got {', '.join(splits)}")
+    images = splits["train"]
+    levels = _levels(path, images, said, None, dataset.levels if dataset else 256)
+    return Images(images, levels, f"{len(images)} images of {path}")
+
+
+# The verb ------------------------------------------------------------------------------------------------------------
+
+
+def check(settings: Settings, drawn: bool) -> None:
+    """UserError where a setting is out of range, or is of drawing where nothing is drawn."""
+    for name, least in (("count", 2), ("splits", 1), ("batch", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} must be at least {least}, got {value}")
+    if not 0 <= settings.feature_seed < 2**64:
+        raise UserError(f"--feature-seed must lie in 0 .. 2^64 - 1, got {settings.feature_seed}")
+    if settings.levels is not None and not 2 <= settings.levels <= 256:
+        raise UserError(f"--levels must lie in 2 .. 256, got {settings.levels}")
+    if settings.feature_seed != Settings.feature_seed and settings.extractor != "random":
+        raise UserError(f"--feature-seed belongs to --extractor random, and the extractor is {settings.extractor}")
+    if drawn and settings.levels is not None:
+        raise UserError("--levels is for images of a file or folder: a run knows its own")
+    if drawn:
+        sampling.check(_how(settings))
+    for name in () if drawn else DRAWN:
+        if getattr(settings, name) != getattr(Settings, name):
+            raise UserError(f"--{name.replace('_', '-')} is for samples drawn from a run, and these are read")
+
+
+def warning(count: int, size: int, frechet: Frechet, floor: float) -> str | None:
+    """What few samples do to the figure; None for ``FEW`` or more."""
+    if count >= FEW:
+        return None
+    if math.isfinite(frechet.bias):
+        known = f"this figure's bias is about {frechet.bias:.4g} (jackknife): infinitely many, {frechet.limit:.4g}"
+    else:
+        known = f"this figure's bias cannot be estimated below {metrics.ENOUGH} samples for each of {size} features"
+    return (
+        f"{count} samples: the distance of so few is too high, by about b/{count} with a b of the model's own. "
+        f"A perfect model's {count} would score about {floor:.4g}; {known}. "
+        f"Published figures use {PUBLISHED} samples"
+    )
+
+
+def _check_splits(splits: int, count: int) -> None:
+    if splits > count:
+        raise UserError(f"--splits must be at most {count}, the number of samples, got {splits}")
+
+
+def evaluate(
+    source: Path | str,
+    settings: Settings,
+    *,
+    extractor: Extractor | Features | None = None,
+    out: Path | None = None,
+    device: Any = "cpu",
+    progress: Progress | None = None,
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Samples of a run, or the images of a folder or file, against a reference; writes RUN/evaluations/fid-*.json, or
+    ``out``, or nothing where images belong to no run.
+
+    ``extractor``: an Extractor or any callable (``as_extractor``) instead of the settings' own. ``progress(name, done,
+    total)`` is called as it runs; ``say`` gets lines for people.
+    """
+    begun, path = time.perf_counter(), Path(source)
+    drawn = not _is_images(path)
+    check(settings, drawn)
+    if out is not None and out.is_dir():
+        raise UserError(f"--out needs a file, got the folder {out}")
+    model_source = resolve(source, settings.checkpoint, settings.run_weights) if drawn else None
+    home = _home(path) if model_source is None else model_source.folder
+    data = settings.data or _data(model_source, home)
+    dataset = None if data is None else load(data)
+    reference = _reference(settings, dataset)
+    extractor = as_extractor(
+        extractor
+        or load_extractor(
+            settings.extractor,
+            weights=settings.weights,
+            seed=settings.feature_seed,
+            channels=reference.shape[0],
+            device=device,
+        )
+    )
+
+    def seen(name: str, total: int) -> Callable[[int], None]:
+        return lambda done: None if progress is None else progress(name, done, total)
+
+    # What can be refused is, before anything takes long.
+    levels = dataset.levels if dataset else reference.levels
+    samples = None if model_source else _read(path, settings, levels)
+    shape = samples.shape if samples else model_source.shape if model_source else ()
+    _same_shape(path, shape, reference.shape)
+    how = replace(_how(settings), count=len(samples.values)) if samples else _how(settings)
+    count, name = how.count, f"{path.stem}-{how.count}"
+    if count < 2:
+        raise UserError(f"a distance needs at least 2 images, got {count} in {path}")
+    _check_splits(settings.splits, count)
+    model = None
+    if model_source is not None:
+        model = model_source.load(model_source.levels or levels, device)
+        how = sampling.resolved(how, model, model_source.name)
+        name = sampling.name_of(how, model_source, settings.run_weights)
+    moments, about = _statistics(reference, extractor, settings, home, seen, say)
+    if samples is None:
+        assert model is not None and model_source is not None
+        step = "" if model_source.step is None else f", step {model_source.step}, {settings.run_weights} weights"
+        steps = "" if how.steps is None else f", {how.steps} steps"
+        what = f"{count} samples of {model_source.name}{step} ({how.method}{steps})"
+        samples = Images(draw(model, how, seen("sampling", count)), model.levels, what)
+    shuffled = samples.values[permutation(count, ORDER_SEED)]
+    sums, scores = measure(
+        shuffled,
+        samples.levels,
+        extractor,
+        parts=settings.splits,
+        batch=settings.batch,
+        progress=seen("features", count),
+    )
+    frechet, floor = metrics.jackknife(sums, moments), metrics.floor(count, moments)
+    score = None if scores is None else metrics.score_parts(scores)
+    said = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items() if drawn or k not in DRAWN}
+    said |= {"count": count} | ({"steps": how.steps} if drawn else {})
+    record = {
+        "fid": frechet.value,
+        "standard_error": frechet.standard_error,
+        "bias": frechet.bias,
+        "floor": floor,
+        "inception_score": None if score is None else {"mean": score[0], "std": score[1], "splits": settings.splits},
+        "images": count,
+        "samples": {"what": samples.what, "sha256": _digest(samples), "levels": samples.levels, "drawn": drawn},
+        "reference": {"name": settings.reference, **{k: about[k] for k in ("what", "images", "versions")}},
+        "extractor": {
+            "name": extractor.name,
+            "identity": extractor.identity,
+            "note": extractor.note,
+            "features": moments.size,
+        },
+        "checkpoint": None if model_source is None else {"step": model_source.step, "name": settings.checkpoint},
+        "settings": said,
+        "warning": warning(count, moments.size, frechet, floor),
+        "versions": {**versions(), **extractor.versions},
+        "seconds": time.perf_counter() - begun,
+    }
+    where = out or (None if home is None else home / "evaluations" / f"{_name(settings, extractor, name)}.json")
+    if where is not None:
+        checkpoints.write_json(where, record)
+    return Result(frechet, floor, score, record, where)
+
+
+def _data(source: Source | None, home: Path | None) -> str | None:
+    """The data set of a run, or of the run that samples are of."""
+    if source is not None:
+        return source.data
+    return None if home is None else str(checkpoints.read_run(home)["config"]["data"]["source"])
+
+
+def _same_shape(path: Path, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(found) != tuple(wanted):
+        a, b = ("x".join(map(str, shape)) for shape in (found, wanted))
+        raise UserError(f"{path} has images of {a} (CxHxW), and the reference of {b}: they must have one shape")
+
+
+def _statistics(
+    reference: Images | Kept,
+    extractor: Extractor,
+    settings: Settings,
+    home: Path | None,
+    seen: Callable[[str, int], Callable[[int], None]],
+    say: Callable[[str], None],
+) -> tuple[Moments, dict[str, Any]]:
+    """The reference's sums: read, or measured and kept."""
+    if isinstance(reference, Kept):
+        if settings.statistics is not None:
+            raise UserError(f"--statistics names a file to keep them in, and --reference {reference.path} is one")
+        made = reference.record["extractor"]["identity"]
+        if extractor.identity is None or made != extractor.identity:
+            raise UserError(
+                f"{reference.path} holds statistics of the extractor {made}, and this one is "
+                f"{extractor.identity or f'{extractor.name}, without an identity'}: figures of two do not compare"
+            )
+        return reference.moments, reference.record
+    if len(reference.values) < 2:
+        raise UserError(f"a reference needs at least 2 images, got {len(reference.values)}")
+    own = settings.statistics is None
+    cache = settings.statistics
+    if own and home is not None:
+        name = settings.reference if settings.reference in SPLITS else Path(settings.reference).name
+        cache = home / "evaluations" / f".fid-{name}-{_label(extractor)}.npz"
+    progress = seen("reference", len(reference.values))
+    return reference_statistics(reference, extractor, cache, own=own, batch=settings.batch, say=say, progress=progress)
+
+
+def _label(extractor: Extractor) -> str:
+    """For file names: the name, with the start of the digest where many networks share it."""
+    if extractor.name == "inception" or extractor.identity is None:
+        return extractor.name
+    return f"{extractor.name}-{hashlib.sha256(extractor.identity.encode()).hexdigest()[:8]}"
+
+
+def _name(settings: Settings, extractor: Extractor, samples: str) -> str:
+    """A file name that says what differs from one evaluation of a run to another."""
+    reference = settings.reference if settings.reference in SPLITS else Path(settings.reference).name
+    data = f"-{Path(settings.data).name}" if settings.data else ""
+    return f"fid-{reference}{data}-{samples}-{_label(extractor)}"
+
+
+# In training ---------------------------------------------------------------------------------------------------------
+
+
+def during_training(
+    model: DiffusionModel,
+    data: Dataset,
+    run: Path,
+    extractor: Extractor | Features,
+    *,
+    count: int = 1000,
+    split: str = "train",
+    splits: int = 10,
+    say: Callable[[str], None] = print,
+    **drawing: Any,
+) -> dict[str, Any]:
+    """The figures of ``count`` samples of a model against a split, for a log: fid, floor, inception_score (mean and
+    std, or None), samples, split, extractor.
+
+    The split's statistics are kept in the run, in the file that ``nelbo fid RUN`` uses too. ``drawing``: Settings'
+    method, steps, seed, batch and so on. With the same seed every call draws from the same noise, and figures of a run
+    differ by what was learned. The global random state is left alone.
+    """
+    settings = Settings(reference=split, count=count, splits=splits, **drawing)
+    check(settings, drawn=True)
+    _check_splits(splits, count)
+    extractor = as_extractor(extractor)
+    reference = _reference(settings, data)
+    assert isinstance(reference, Images)
+
+    def seen(name: str, total: int) -> Callable[[int], None]:
+        return lambda done: None
+
+    moments, _ = _statistics(reference, extractor, settings, run, seen, say)
+    how = sampling.resolved(_how(settings), model, str(run))
+    images = draw(model, how)[permutation(count, ORDER_SEED)]
+    sums, scores = measure(images, model.levels, extractor, parts=splits, batch=settings.batch)
+    score = None if scores is None else metrics.score_parts(scores)
+    return {
+        "fid": metrics.frechet(metrics.merge(sums), moments),
+        "floor": metrics.floor(count, moments),
+        "inception_score": None if score is None else {"mean": score[0], "std": score[1]},
+        "samples": count,
+        "split": split,
+        "extractor": extractor.name,
+    }
