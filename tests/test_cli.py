@@ -47,7 +47,7 @@ def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ((), ("--help",), ("-h",)):
         assert call(*arguments) == 0
         out = capsys.readouterr().out
-        for verb in ("presets", "train", "evaluate", "sample", "report"):
+        for verb in ("presets", "train", "evaluate", "sample", "fid", "report"):
             assert f"nelbo {verb}" in out
     assert call("--version") == 0
     assert capsys.readouterr().out == f"{nelbo.__version__}\n"
@@ -75,18 +75,18 @@ def words(text: str) -> str:
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "report"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "fid", "report"])
 def test_help_explains_every_field(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cls = {"train": cli.Train, "evaluate": cli.Evaluate, "sample": cli.Sample, "report": cli.Report}[verb]
+    cls = {"train": cli.Train, "evaluate": cli.Evaluate, "sample": cli.Sample, "fid": cli.Fid, "report": cli.Report}[verb]
     with pytest.raises(SystemExit) as left:
         call(verb, *(["vdm-cifar10"] if verb == "train" else []), "--help")
     assert left.value.code == 0
     shown = words(capsys.readouterr().out)
     found = list(documented(cls))
-    assert len(found) >= {"train": 58, "evaluate": 16, "sample": 12, "report": 3}[verb]
+    assert len(found) >= {"train": 58, "evaluate": 16, "sample": 12, "fid": 24, "report": 3}[verb]
     for option, text in found:
         assert text in shown, option
-        assert option in shown or option in ("--run", "--runs")
+        assert option in shown or option in ("--run", "--runs", "--source")
     if verb == "train":
         assert "Optimizer steps in all. (default: 10000000)" in shown  # the preset's defaults
 
@@ -135,7 +135,7 @@ def check(what):
     loaded = heavy & set(sys.modules)
     assert not loaded, f"{what} loads {loaded}"
 check("import nelbo")
-for arguments in (["--help"], ["presets"], ["train", "mulan-digits", "--dry-run"], ["evaluate", "--help"],
+for arguments in (["--help"], ["presets"], ["train", "mulan-digits", "--dry-run"], ["evaluate", "--help"], ["fid", "--help"],
                   ["train", "mulan-digits", "--help"], ["train", "mulan-digit"], ["train", "mulan-digits", "--x"]):
     try:
         main(arguments)

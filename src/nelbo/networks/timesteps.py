@@ -102,16 +102,18 @@ def ddpm_unet(
         norm_num_groups=groups,
         norm_eps=1e-6,
     )
-    for module in unet.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock2D):
-            nn.init.zeros_(module.conv2.weight)
-        elif isinstance(module, Attention):
-            nn.init.zeros_(module.to_out[0].weight)
-    nn.init.zeros_(unet.conv_out.weight)
+    parts: list[Any] = list(unet.modules())
+    for part in parts:
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    for part in parts:
+        if isinstance(part, ResnetBlock2D):
+            nn.init.zeros_(part.conv2.weight)
+        elif isinstance(part, Attention):
+            nn.init.zeros_(part.to_out[0].weight)
+    nn.init.zeros_(parts[0].conv_out.weight)
     return DiffusersUNet(unet)
 
 
