@@ -77,7 +77,7 @@ def words(text: str) -> str:
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "fid", "report"])
 def test_help_explains_every_field(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cls = {"train": cli.Train, "evaluate": cli.Evaluate, "sample": cli.Sample, "fid": cli.Fid, "report": cli.Report}[verb]
+    cls = getattr(cli, verb.capitalize())
     with pytest.raises(SystemExit) as left:
         call(verb, *(["vdm-cifar10"] if verb == "train" else []), "--help")
     assert left.value.code == 0
@@ -135,8 +135,9 @@ def check(what):
     loaded = heavy & set(sys.modules)
     assert not loaded, f"{what} loads {loaded}"
 check("import nelbo")
-for arguments in (["--help"], ["presets"], ["train", "mulan-digits", "--dry-run"], ["evaluate", "--help"], ["fid", "--help"],
-                  ["train", "mulan-digits", "--help"], ["train", "mulan-digit"], ["train", "mulan-digits", "--x"]):
+for arguments in (["--help"], ["presets"], ["train", "mulan-digits", "--dry-run"], ["evaluate", "--help"],
+                  ["fid", "--help"], ["train", "mulan-digits", "--help"], ["train", "mulan-digit"],
+                  ["train", "mulan-digits", "--x"]):
     try:
         main(arguments)
     except SystemExit:

@@ -199,7 +199,8 @@ class Fid:
     feature_seed: int = 0
     """random: seed of the extractor's weights."""
     splits: int = 10
-    """Parts of the samples: of the inception score, and of the jackknife for bias and error."""
+    """Parts of the samples: of the inception score, and of the jackknife for bias and error, which takes as many
+    distances; 1 for none."""
     method: Literal["ancestral", "ddim", "ode"] = "ancestral"
     """Of a run's samples; the options of each as in `nelbo sample`."""
     steps: int | None = None

@@ -108,12 +108,10 @@ def ddpm_unet(
             nn.init.xavier_uniform_(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-    for part in parts:
-        if isinstance(part, ResnetBlock2D):
-            nn.init.zeros_(part.conv2.weight)
-        elif isinstance(part, Attention):
-            nn.init.zeros_(part.to_out[0].weight)
-    nn.init.zeros_(parts[0].conv_out.weight)
+    ends: list[Any] = [part.conv2 for part in parts if isinstance(part, ResnetBlock2D)]
+    ends += [part.to_out[0] for part in parts if isinstance(part, Attention)]
+    for end in (*ends, parts[0].conv_out):
+        nn.init.zeros_(end.weight)
     return DiffusersUNet(unet)
 
 
