@@ -549,7 +549,7 @@ MISTAKES = [
     ({"network.flag": True}, "network.kind = ddpm takes no conditioning"),
     ({"latent.kind": "k-hot"}, "network.kind = ddpm takes no conditioning"),
     ({"network.multipliers": ()}, "network.multipliers must be whole numbers above 0"),
-    ({"network.kind": "flat", "network.self_condition": True}, "need network.kind = ddpm"),
+    ({"network.kind": "flat", "network.self_condition": True}, "need network.kind = ddpm or attention"),
     ({"objective.steps": 0}, "objective.steps must be above 0"),
     ({"objective.loss": "hybrid"}, "it needs reverse.variance = learned"),
     ({"reverse.variance": "learned"}, "objective.loss = simple does not train reverse.variance = learned"),
@@ -575,6 +575,7 @@ def test_images_that_cannot_be_halved_so_often_are_refused():
     {"objective.loss": "bound", "schedule.form": "cosine"},
     {"parameterization": "velocity", "objective.weight": "min-snr", "network.self_condition": True},
     {"network.kind": "flat", "network.levels": 1, "objective.loss": "simple"},
+    {"network.kind": "attention", "network.self_condition": True},
 ])  # fmt: skip
 def test_every_loss_trains_and_the_run_is_its_own_again(tmp_path, fields):
     """Four steps and two more after a stop are six steps; the loss of step 1 is the error of the untrained network."""

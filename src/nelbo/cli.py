@@ -52,7 +52,8 @@ class Evaluate:
     """The bound of a run, or its likelihood by ODE, in bits per dimension; writes RUN/evaluations/*.json."""
 
     run: Run
-    """A run folder; or a diffusers pipeline of a DDPM, its folder or hub id, with --data."""
+    """A run folder; or, with --data, a diffusers pipeline of a DDPM, its folder or hub id, or a trainer's .pt file of
+    denoising-diffusion-pytorch."""
     method: Literal["vlb", "ode"] = "vlb"
     """vlb: the variational bound; ode: the likelihood by the probability flow (killed, the same command goes on)."""
     checkpoint: str = "best"
@@ -104,6 +105,8 @@ class Evaluate:
     """ode: precision of the state; the network's is float32."""
     compare: Path | None = None
     """Another run: the paired difference per image, same draws, with its error."""
+    parameterization: Literal["noise", "data", "velocity"] | None = None
+    """What the network of somebody else's checkpoint estimates, where its file does not say."""
     out: Path | None = None
     """Folder whose evaluations/ the figures go to. By default that of the run, or evaluations/NAME here for others'
     checkpoints."""
@@ -320,7 +323,9 @@ def _print_evaluation(command: Evaluate, found: Any) -> None:
     data, seen, whole = record["data"], record["images"], record["images_in_split"]
     step, kind = record["checkpoint"]["step"], record["source"]
     print(
-        f"{command.run}, {f'step {step}' if step is not None else f'from {kind}'}"
+        f"{command.run}"
+        + (f", from {kind}" if kind != "nelbo" else "")
+        + (f", step {step}" if step is not None else "")
         + (f", {record['weights']} weights: " if kind == "nelbo" else ": ")
         + f"{'' if seen == whole else f'{seen} of '}{whole} {record['split']} images of {data['name']} "
         f"(version {data['version']})"

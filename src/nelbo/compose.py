@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,24 +62,28 @@ def _table(config: Config) -> np.ndarray:
     return schedules.gammas_of_betas(schedules.betas(schedule.form, schedule.timesteps) if own is None else own)
 
 
-def _ddpm(config: Config, shape: tuple[int, int, int], gammas: np.ndarray) -> nn.Module:
+def _of_timesteps(config: Config, shape: tuple[int, int, int], gammas: np.ndarray) -> nn.Module:
+    """A network that is told timesteps."""
     network, smallest = config.network, 2 ** (len(config.network.multipliers) - 1)
     if shape[1] % smallest or shape[2] % smallest:
         raise UserError(
             f"network.multipliers = {network.multipliers} halves images {len(network.multipliers) - 1} times: height "
             f"and width must be multiples of {smallest}, got {shape[1]}x{shape[2]}"
         )
+    outputs = shape[0] * (1 + (config.reverse.variance == "learned"))
+    made: dict[str, Any] = {
+        "channels": network.channels,
+        "multipliers": network.multipliers,
+        "dropout": network.dropout,
+    }
+    unet: nn.Module
+    if network.kind == "attention":
+        unet = networks.AttentionUNet(shape[0], outputs, self_condition=network.self_condition, **made)
+        return networks.TimestepNetwork(unet, gammas)
     try:
+        inputs = shape[0] * (1 + network.self_condition)
         unet = networks.ddpm_unet(
-            shape,
-            inputs=shape[0] * (1 + network.self_condition),
-            outputs=shape[0] * (1 + (config.reverse.variance == "learned")),
-            channels=network.channels,
-            multipliers=network.multipliers,
-            blocks=network.blocks,
-            attention=network.attention_at,
-            groups=network.groups,
-            dropout=network.dropout,
+            shape, inputs, outputs, blocks=network.blocks, attention=network.attention_at, groups=network.groups, **made
         )
     except ImportError as error:
         raise UserError(f"network.kind = ddpm needs diffusers: pip install 'nelbo[ddpm]' ({error})") from None
@@ -103,9 +108,9 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
         torch.manual_seed(config.training.seed)
         latent = _latent(config, classes)
         sees_latent = latent is not None and config.latent.network
-        if network.kind == "ddpm":
+        if network.kind in networks.TIMESTEP_NETWORKS:
             assert table is not None  # a configuration says so
-            unet = _ddpm(config, shape, table)
+            unet = _of_timesteps(config, shape, table)
         else:
             unet = networks.NETWORKS[network.kind](
                 shape[0],

@@ -97,23 +97,23 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The denoiser: a U-Net, without down-sampling (flat, pixel-noise) or with it (ddpm)."""
+    """The denoiser: a U-Net, without down-sampling (flat, pixel-noise) or with it (ddpm, attention)."""
 
-    kind: Literal["flat", "pixel-noise", "ddpm"] = "flat"
-    """flat sees the mean of gamma over the image; pixel-noise sees gamma of every pixel; ddpm sees a timestep of betas
-    (it is diffusers' UNet2DModel)."""
+    kind: Literal["flat", "pixel-noise", "ddpm", "attention"] = "flat"
+    """flat sees the mean of gamma over the image; pixel-noise sees gamma of every pixel; ddpm and attention see a
+    timestep of betas: diffusers' UNet2DModel, and the U-Net of denoising-diffusion-pytorch."""
     channels: int = 128
-    """Channels of every layer; ddpm: of the first."""
+    """Channels of every layer; ddpm, attention: of the first."""
     levels: int = 32
     """flat, pixel-noise: residual blocks on the way down; one more on the way up."""
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    """ddpm: channels at each halving of the resolution, as multiples of channels."""
+    """ddpm, attention: channels at each halving of the resolution, as multiples of channels."""
     blocks: int = 2
     """ddpm: residual blocks at each resolution."""
     attention_at: tuple[int, ...] = (16,)
     """ddpm: heights of the feature maps where attention acts, besides the middle."""
     self_condition: bool = False
-    """ddpm: the network also gets its own estimate of the image (zeros half of the time in training)."""
+    """ddpm, attention: the network also gets its own estimate of the image (zeros half of the time in training)."""
     groups: int = 32
     """Groups of the group normalisation. With as many groups as channels the network cannot see time at all."""
     dropout: float = 0.0
@@ -260,6 +260,7 @@ class Config:
         check(self)
 
 
+TIMESTEPS = ("ddpm", "attention")  # the kinds of network that are told a timestep
 POSITIVE = (
     "schedule.width latent.size latent.k encoder.levels encoder.channels network.channels network.groups "
     "objective.prior_scale optimizer.learning_rate optimizer.schedule_learning_rate optimizer.eps training.steps "
@@ -313,7 +314,7 @@ def check(config: Config) -> None:
         raise UserError(f"latent.k must be below latent.size = {latent.size}, got {latent.k}")
     if training.batch % training.accumulate:
         raise UserError(f"training.accumulate must divide training.batch = {training.batch}, got {training.accumulate}")
-    if config.data.augment != "none" and not network.flag and network.kind != "ddpm":
+    if config.data.augment != "none" and not network.flag and network.kind not in TIMESTEPS:
         raise UserError(f"data.augment = {config.data.augment} needs network.flag = True, which tells the network")
     if schedule.gamma_min is not None and schedule.gamma_min >= schedule.gamma_max:
         raise UserError(
@@ -380,19 +381,22 @@ def _check_ddpm(config: Config) -> None:
         raise UserError(
             "schedule.kind = betas has its own ends: leave schedule.ends = fixed, schedule.gamma_min = None"
         )
-    if network.kind == "ddpm":
+    if network.kind in TIMESTEPS:
         if schedule.kind != "betas":
-            raise UserError(f"network.kind = ddpm sees timesteps: it needs schedule.kind = betas, got {schedule.kind}")
+            raise UserError(
+                f"network.kind = {network.kind} sees timesteps: it needs schedule.kind = betas, got {schedule.kind}"
+            )
         if network.flag or (config.latent.kind != "none" and config.latent.network):
             raise UserError(
-                "network.kind = ddpm takes no conditioning: it needs network.flag = False and latent.kind = none or "
-                f"latent.network = False, got {network.flag}, {config.latent.kind} and {config.latent.network}"
+                f"network.kind = {network.kind} takes no conditioning: it needs network.flag = False and latent.kind = "
+                f"none or latent.network = False, got {network.flag}, {config.latent.kind} and {config.latent.network}"
             )
         if not network.multipliers or min(network.multipliers) < 1:
             raise UserError(f"network.multipliers must be whole numbers above 0, got {network.multipliers}")
     elif network.self_condition or reverse.variance == "learned":
         raise UserError(
-            f"network.self_condition and reverse.variance = learned need network.kind = ddpm, got {network.kind}"
+            "network.self_condition and reverse.variance = learned need network.kind = ddpm or attention, got "
+            f"{network.kind}"
         )
     if reverse.decoder == "gaussian" and schedule.kind != "betas":
         raise UserError(

@@ -37,6 +37,7 @@ class Settings:
     method: str = "vlb"
     checkpoint: str = "best"
     weights: str = "ema"
+    parameterization: str | None = None
     split: str = "test"
     data: str | None = None
     images: int | None = None
@@ -181,12 +182,14 @@ def check(settings: Settings) -> None:
 def _load_for(source: Source, settings: Settings, dataset: Dataset, device: Any) -> tuple[DiffusionModel, int]:
     """The model of a source, which must be of the data's shape, and the T of its bound."""
     name, levels = source.name, source.levels or dataset.levels
-    if (source.shape, levels) != (tuple(dataset.shape), dataset.levels):
+    fits = all(own in (None, size) for own, size in zip(source.shape, dataset.shape, strict=True))
+    if not fits or levels != dataset.levels:
+        own_shape = "x".join("any" if n is None else str(n) for n in source.shape)
         raise UserError(
-            f"{name} models images of {'x'.join(map(str, source.shape))} with {levels} levels; "
+            f"{name} models images of {own_shape} with {levels} levels; "
             f"{dataset.name} has {'x'.join(map(str, dataset.shape))} with {dataset.levels}"
         )
-    model = source.load(levels, device)
+    model = source.load(levels, device, tuple(dataset.shape))
     steps = source.steps if settings.steps is None else settings.steps
     if settings.method == "ode":
         steps = 0
@@ -317,7 +320,7 @@ def evaluate(
     """
     begun = time.perf_counter()
     check(settings)
-    source = resolve(run, settings.checkpoint, settings.weights, out)
+    source = resolve(run, settings.checkpoint, settings.weights, out, settings.parameterization)
     if settings.method == "ode" and settings.least_steps is None:
         settings = replace(settings, least_steps=LEAST_STEPS.get(settings.solver, 1))
     dataset, images, labels = _chosen(source, settings)

@@ -450,7 +450,11 @@ def evaluate(
     # What can be refused is, before anything takes long.
     levels = dataset.levels if dataset else reference.levels
     samples = None if model_source else _read(path, settings, levels)
-    shape = samples.shape if samples else model_source.shape if model_source else ()
+    shape: tuple[int, ...] = samples.shape if samples else ()
+    if model_source is not None:  # whose size may be open
+        shape = tuple(
+            size if own is None else own for own, size in zip(model_source.shape, reference.shape, strict=True)
+        )
     _same_shape(path, shape, reference.shape)
     how = replace(_how(settings), count=len(samples.values)) if samples else _how(settings)
     count, name = how.count, f"{path.stem}-{how.count}"
@@ -459,7 +463,7 @@ def evaluate(
     _check_splits(settings.splits, count)
     model = None
     if model_source is not None:
-        model = model_source.load(model_source.levels or levels, device)
+        model = model_source.load(model_source.levels or levels, device, shape)
         how = sampling.resolved(how, model, model_source.name)
         name = sampling.name_of(how, model_source, settings.run_weights)
     moments, about = _statistics(reference, extractor, settings, home, seen, say)

@@ -21,32 +21,43 @@ class Source:
     """A model that can be evaluated and sampled from.
 
     ``name`` as the user gave it; ``kind``, of which program; ``folder``, where figures and samples of it go; ``shape``
-    (C, H, W); ``levels``, or None where any will do (a foreign network saw reals from -1 to 1); ``data``, the data set
-    that it was trained on, where known; ``step``; ``steps``, the T of its own bound; ``identity``, what distinguishes
-    these weights from others; ``load(levels, device)``, the DiffusionModel in evaluation mode.
+    (C, H, W), None for a size that is not known; ``levels``, or None where any will do (a foreign network saw reals
+    from -1 to 1); ``data``, the data set that it was trained on, where known; ``step``; ``steps``, the T of its own
+    bound; ``identity``, what distinguishes these weights from others; ``load(levels, device, shape)``, the
+    DiffusionModel in evaluation mode, for images of that shape where its own is not known.
     """
 
     name: str
     kind: str
     folder: Path
-    shape: tuple[int, int, int]
+    shape: tuple[int, int | None, int | None]
     levels: int | None
     data: str | None
     step: int | None
     steps: int
     identity: Any
-    load: Callable[[int, Any], Any]
+    load: Callable[..., Any]
 
 
 def resolve(
-    argument: Path | str, checkpoint: str | int = "best", weights: str = "ema", out: Path | None = None
+    argument: Path | str,
+    checkpoint: str | int = "best",
+    weights: str = "ema",
+    out: Path | None = None,
+    parameterization: str | None = None,
 ) -> Source:
-    """The source that an argument names; UserError where it names none. ``out``: another folder for what is written."""
+    """The source that an argument names; UserError where it names none.
+
+    ``checkpoint`` and ``weights`` (ema, raw) of a run; ``out``: another folder for what is written;
+    ``parameterization``: what a foreign network estimates, where its file does not say.
+    """
     path = Path(argument)
     if (path / "run.json").is_file():
         return _run(path, checkpoint, weights, out)
     if path.is_dir() and any((path / name).is_file() for name in INDEX):
         return _pipeline(str(argument), path, out)
+    if path.suffix == ".pt" and path.is_file():
+        return _trainer(path, weights, out, parameterization)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(argument)) and not path.parent.is_dir():
         return _pipeline(str(argument), _from_hub(str(argument)), out)
     checkpoints.read_run(path)  # says what is wrong
@@ -57,7 +68,7 @@ def _run(run: Path, checkpoint: str | int, weights: str, out: Path | None) -> So
     record, found = checkpoints.read_run(run), checkpoints.read_checkpoint(run, checkpoint)
     data = record["data"]
 
-    def load(levels: int, device: Any) -> Any:
+    def load(levels: int, device: Any, shape: tuple[int, ...] | None = None) -> Any:
         return checkpoints.load_model(run, checkpoint, weights, device)
 
     return Source(
@@ -124,7 +135,7 @@ def _pipeline(name: str, folder: Path, out: Path | None) -> Source:
     height, width = size if isinstance(size, list) else (size, size)
     gammas = _gammas(name, betas)
 
-    def load(levels: int, device: Any) -> Any:
+    def load(levels: int, device: Any, shape: tuple[int, ...] | None = None) -> Any:
         from nelbo.compose import table_model
         from nelbo.model import Reverse
         from nelbo.networks import DiffusersUNet
@@ -170,3 +181,41 @@ def _unet(name: str, folder: Path) -> Any:
     except Exception as error:  # diffusers, safetensors, torch and pickle raise what they like
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{name}: the weights in {folder} cannot be read: {reason}") from None
+
+
+# denoising-diffusion-pytorch -----------------------------------------------------------------------------------------
+
+
+def _trainer(path: Path, weights: str, out: Path | None, parameterization: str | None) -> Source:
+    """A trainer's file; the package samples with the posterior's variance, or its learned one, and clips x_hat."""
+    from nelbo.convert.denoising_diffusion_pytorch import read
+    from nelbo.schedules import gammas_of_betas
+
+    trained = read(path, parameterization)
+    if weights not in trained.weights:
+        raise UserError(f"{path} has no {weights} weights; it holds {', '.join(trained.weights)}")
+    try:
+        gammas = gammas_of_betas(trained.betas)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+    def load(levels: int, device: Any, shape: tuple[int, int, int] | None = None) -> Any:
+        from nelbo.compose import table_model
+        from nelbo.model import Reverse
+        from nelbo.networks import AttentionUNet
+
+        if shape is None:
+            raise UserError(f"{path} does not say how large its images are: give --data, whose size is taken")
+        network = AttentionUNet(trained.channels, **trained.network)
+        checkpoints.load_weights(network, trained.weights[weights], path)
+        reverse = Reverse("learned" if trained.learned else "fixed-small", True, "gaussian")
+        conditioned = trained.network["self_condition"]
+        kind = trained.parameterization
+        return table_model(network, gammas, shape, levels, kind, reverse, conditioned).to(device).eval()
+
+    stat = path.stat()
+    return Source(
+        name=str(path), kind="denoising-diffusion-pytorch", folder=out or Path("evaluations") / path.stem,
+        shape=(trained.channels, None, None), levels=None, data=None, step=trained.step, steps=len(gammas) - 1,
+        identity=[path.name, stat.st_size, stat.st_mtime_ns, weights], load=load,
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """The networks: U-Nets without down-sampling, DDPM's with it, and the encoders of the auxiliary latent."""
 
+from nelbo.networks.attention_unet import AttentionUNet
 from nelbo.networks.encoders import ENCODERS, CNNEncoder, UNetEncoder
 from nelbo.networks.timesteps import TIMESTEP_NETWORKS, DiffusersUNet, TimestepNetwork, ddpm_unet
 from nelbo.networks.unet import NETWORKS, FlatUNet, PixelNoiseUNet
@@ -8,6 +9,7 @@ __all__ = [
     "ENCODERS",
     "NETWORKS",
     "TIMESTEP_NETWORKS",
+    "AttentionUNet",
     "CNNEncoder",
     "DiffusersUNet",
     "FlatUNet",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nelbo.cubics import MonotoneCubic
+from nelbo.networks.attention_unet import AttentionUNet
 
 __all__ = ["TIMESTEP_NETWORKS", "DiffusersUNet", "TimestepNetwork", "ddpm_unet"]
 
@@ -60,9 +61,9 @@ class DiffusersUNet(nn.Module):
 
 def ddpm_unet(
     shape: tuple[int, int, int],
-    *,
     inputs: int,
     outputs: int,
+    *,
     channels: int = 128,
     multipliers: Sequence[int] = (1, 2, 2, 2),
     blocks: int = 2,
@@ -115,4 +116,4 @@ def ddpm_unet(
     return DiffusersUNet(unet)
 
 
-TIMESTEP_NETWORKS: dict[str, Callable[..., nn.Module]] = {"ddpm": ddpm_unet}
+TIMESTEP_NETWORKS: dict[str, Callable[..., nn.Module]] = {"ddpm": ddpm_unet, "attention": AttentionUNet}
