@@ -48,14 +48,15 @@ def build(name: str | Config, shape: tuple[int, int, int] | None = None, levels:
 
 
 class _Plain(nn.Module):
-    """(x_t, n) -> output as (z, n, estimate) -> output."""
+    """(x_t, n) -> output as (z, n, estimate) -> output, in the precision of its parameters, float32 if it shows none."""
 
     def __init__(self, network: Callable[..., Any]) -> None:
         super().__init__()
         self.network = network
+        self.dtype = next((p.dtype for p in self.parameters()), torch.float32)
 
     def forward(self, z: torch.Tensor, n: torch.Tensor, estimate: torch.Tensor | None = None) -> torch.Tensor:
-        return self.network(z, n)
+        return self.network(z.to(self.dtype), n.to(self.dtype))
 
 
 def ddpm(
