@@ -48,7 +48,7 @@ def build(name: str | Config, shape: tuple[int, int, int] | None = None, levels:
 
 
 class _Plain(nn.Module):
-    """(x_t, n) -> output as (z, n, estimate) -> output, in the precision of its parameters, float32 if it shows none."""
+    """(x_t, n) -> output as (z, n, estimate) -> output, in the precision of its parameters, or float32."""
 
     def __init__(self, network: Callable[..., Any]) -> None:
         super().__init__()

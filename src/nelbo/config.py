@@ -303,9 +303,9 @@ def check(config: Config) -> None:
     for name, channels in (("network", network.channels), ("encoder", config.encoder.channels or network.channels)):
         if channels % 2 or channels < 4:
             raise UserError(f"{name}.channels must be even and at least 4 (sines and cosines of time), got {channels}")
-        if channels % network.groups:
+        if channels % network.groups and network.kind != "attention":  # which has no groups
             raise UserError(f"network.groups must divide {name}.channels = {channels}, got {network.groups}")
-    if network.groups == network.channels:
+    if network.groups == network.channels and network.kind != "attention":
         raise UserError(
             f"network.groups must be fewer than network.channels, got {network.groups} of both: "
             "a network normalised channel by channel cannot see time or conditioning"

@@ -21,7 +21,8 @@ at 4/9 of the operations. Inside, images are (B, H, W, C), kernels (out, H, W, i
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,10 +68,11 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, shift, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of the derivative is wanted
-            inputs = [v for v in (x, gain, shift) if v is not None]
+            inputs = (x, gain, shift)
             y = _normalised(_wide(x), gain, shift, ctx.swish).to(x.dtype)
-            found = torch.autograd.grad(y, inputs, gradient, create_graph=True)
-            return (*found, *(None,) * (4 - len(found)))
+            wanted = [v for v in inputs if v is not None and v.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
+            return *(next(found) if v is not None and v.requires_grad else None for v in inputs), None
         unit = _wide(x) * inverse
         gradient = _wide(gradient)
         if ctx.swish:
@@ -133,7 +135,9 @@ class _FewPixels(torch.autograd.Function):
         x, kernel, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
             y = _convolved(x, kernel, bias, ctx.transposed)
-            return *torch.autograd.grad(y, (x, kernel, bias), gradient, create_graph=True), None
+            wanted = [v for v in (x, kernel, bias) if v.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
+            return *(next(found) if v.requires_grad else None for v in (x, kernel, bias)), None
         gradient = gradient.contiguous()
         of_x = of_kernel = None
         if ctx.needs_input_grad[0]:
@@ -156,7 +160,7 @@ def _convolve(x: Tensor, kernel: Tensor, bias: Tensor, transposed: bool = False)
 
 
 class Convolution(nn.Module):
-    """(B, H, W, inputs) -> (B, H', W', outputs), zeros beyond the edges; the kernel is (outputs, size, size, inputs)."""
+    """(B, H, W, inputs) -> (B, H', W', outputs), zeros beyond the edges; kernel (outputs, size, size, inputs)."""
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1) -> None:
         super().__init__()
@@ -183,7 +187,7 @@ class Doubling(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = self.weight
+        kernel: Tensor = self.weight
         for dim in (1, 2):
             a, b, c = kernel.unbind(dim)
             kernel = torch.stack((c, b + c, a + b, a), dim)
@@ -227,10 +231,12 @@ class FullAttention(Attention):
     """Equation (4)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
+        batch, height, width, _ = x.shape
         qkv = self.qkv(self.norm(x)).reshape(batch, height * width, 3, self.heads, self.features)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        k, v = (torch.cat((m.to(p.dtype).expand(batch, -1, -1, -1), p), 2) for m, p in zip(self.memory, (k, v)))
+        k, v = (
+            torch.cat((m.to(p.dtype).expand(batch, -1, -1, -1), p), 2) for m, p in zip(self.memory, (k, v), strict=True)
+        )
         if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # layers.attend says why
             h = torch.softmax((q * self.features**-0.5) @ k.transpose(-1, -2), -1).to(v.dtype) @ v
         else:
@@ -256,7 +262,9 @@ class LinearAttention(Attention):
         # (B, heads, 4, E): weights of the learned keys
         extra = torch.exp(memory[0] - top.reshape(batch, heads, 1, features))
         total = weights.sum(1, dtype=extra.dtype).reshape(batch, heads, features) + extra.sum(2)
-        context = n.mT @ weights.to(n.dtype)  # (B, C, heads E); the transpose of it would cost a copy in the backward pass
+        context = n.mT @ weights.to(
+            n.dtype
+        )  # (B, C, heads E); the transpose of it would cost a copy in the backward pass
         context = context.reshape(batch, channels, heads, features).permute(0, 2, 3, 1)
         values = context @ of_v.reshape(heads, features, channels).mT
         values = (values + extra.mT @ memory[1]) / (total[..., None] * math.sqrt(features))
@@ -290,7 +298,12 @@ class Middle(nn.Module):
 
 
 class AttentionUNet(nn.Module):
-    """(x, n, estimate) -> output."""
+    """(x (B, C, H, W), n (B,) timesteps, estimate of x or None) -> (B, outputs, H, W).
+
+    ``channels`` times each of ``multipliers`` at halved resolutions, ``first`` of the first convolution; ``full``:
+    which resolutions have full attention, by default the last; ``heads`` and ``features`` of a head, one or one for each
+    resolution; ``theta``, the base of equation (1). H and W must be multiples of 2^(resolutions - 1).
+    """
 
     def __init__(
         self,
@@ -315,26 +328,26 @@ class AttentionUNet(nn.Module):
         sizes = [first or channels, *(channels * m for m in multipliers)]
         self.conv_in = Convolution(image_channels * (1 + self_condition), sizes[0], 7)
         full = [False] * (levels - 1) + [True] if full is None else full
-        heads, features = ([v] * levels if isinstance(v, int) else v for v in (heads, features))
-        kinds: list[Callable[[int], Attention]] = [
-            lambda n, f=f, h=h, e=e: (FullAttention if f else LinearAttention)(n, h, e)
-            for f, h, e in zip(full, heads, features, strict=True)
-        ]
+        heads, features = ([v] * levels if isinstance(v, int) else list(v) for v in (heads, features))
+
+        def attention(i: int, channels: int) -> Attention:
+            return (FullAttention if full[i] else LinearAttention)(channels, heads[i], features[i])
+
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (a, b) in enumerate(pairwise(sizes)):
             last = i == levels - 1
             halve = Convolution(a, b, 3) if last else Convolution(a, b, 2, stride=2)
-            self.down.append(Level((a, a), a, width, dropout, kinds[i](a), halve))
+            self.down.append(Level((a, a), a, width, dropout, attention(i, a), halve))
             double = Convolution(b, a, 3) if i == 0 else Doubling(b, a)
-            self.up.insert(0, Level((a + b, a + b), b, width, dropout, kinds[i](b), double))
+            self.up.insert(0, Level((a + b, a + b), b, width, dropout, attention(i, b), double))
         self.middle = Middle(sizes[-1], width, dropout, heads[-1], features[-1])
         self.block_out = ResidualBlock(2 * sizes[0], sizes[0], width, dropout)
         self.conv_out = Convolution(sizes[0], outputs, 1)
 
     def time(self, n: Tensor) -> Tensor:
         half = self.channels // 2
-        frequencies = torch.exp(torch.arange(half, dtype=n.dtype, device=n.device) * (-math.log(self.theta) / (half - 1)))
-        phase = n[:, None] * frequencies
+        place = torch.arange(half, dtype=n.dtype, device=n.device) / (half - 1)
+        phase = n[:, None] * torch.exp(-math.log(self.theta) * place)
         h = torch.cat((phase.sin(), phase.cos()), -1)
         return F.silu(self.dense_1(F.gelu(self.dense_0(h))))
 
@@ -345,6 +358,7 @@ class AttentionUNet(nn.Module):
             time = self.time(n)
         h = first = self.conv_in(x.permute(0, 2, 3, 1).contiguous())
         skips = []
+        level: Any
         for level in self.down:
             h = level.block_1(h, time)
             skips.append(h)

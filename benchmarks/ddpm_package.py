@@ -1,0 +1,186 @@
+r"""A DDPM in nelbo beside the common PyTorch package, denoising-diffusion-pytorch: a training step, and sampling.
+
+The same U-Net (64 channels, multipliers 1, 2, 4, 8 unless said), the same images, batch and T = 1000, in one process,
+in turns. The package's step is its Trainer's: GaussianDiffusion's loss, backward, clipping to 1, Adam, its EMA at every
+step. nelbo's is ``Trainer.take_step`` of nelbo.training itself, network.kind = attention, with the simple loss and
+clipping. Both take the same optimizer settings; both read the loss at every step. bf16 is torch's autocast for both.
+
+Sampling: one step of ancestral sampling (clipped), one evaluation of the network and the arithmetic around it, and one
+of DDIM, of as many images as the batch. The figure is the package's time over nelbo's within the same turn: median, and
+least to most over the turns. The machine's best matrix product in each precision stands beside them.
+
+    pip install denoising-diffusion-pytorch==2.3.4
+    python benchmarks/ddpm_package.py --threads 2 --out ddpm.json
+
+torchvision is imported there for data sets and pictures only: where it does not import, empty modules stand for it.
+"""
+
+import json
+import os
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+import training_step as shared  # chooses how threads wait, before torch is loaded
+import tyro
+
+from nelbo import samplers
+from nelbo.data import Dataset
+from nelbo.presets import preset
+from nelbo.training import Trainer
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed."""
+
+    channels: int = 64
+    """Channels of the first level."""
+    multipliers: tuple[int, ...] = (1, 2, 4, 8)
+    """Of the channels, at each halving."""
+    size: int = 32
+    """Height and width."""
+    batch: int = 16
+    """Images in a step."""
+    repeats: int = 7
+    """Turns."""
+    threads: int | None = None
+    """CPU threads."""
+    out: Path | None = None
+    """JSON file."""
+
+
+def load_package() -> Any:
+    """denoising_diffusion_pytorch and EMA, or one line on what is missing."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception:
+        names = ("torchvision", "torchvision.transforms", "torchvision.utils")
+        empty = {name: types.ModuleType(name) for name in names}
+        for name in names[1:]:
+            setattr(empty["torchvision"], name.rsplit(".", 1)[1], empty[name])
+        sys.modules.update(empty)
+    try:
+        import denoising_diffusion_pytorch as package
+        from ema_pytorch import EMA
+    except ImportError as error:
+        raise SystemExit(f"this benchmark needs pip install denoising-diffusion-pytorch==2.3.4 ({error})") from None
+    return package, EMA
+
+
+def theirs(case: Case, images: torch.Tensor, bf16: bool) -> dict[str, Callable[[], object]]:
+    """The package's step and sampling steps."""
+    package, EMA = load_package()
+    torch.manual_seed(0)
+    net = package.Unet(case.channels, dim_mults=case.multipliers)
+    diffusion = package.GaussianDiffusion(
+        net, image_size=case.size, timesteps=1000, objective="pred_noise", beta_schedule="linear"
+    )
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=2e-4, betas=(0.9, 0.999))
+    ema = EMA(diffusion, beta=0.9999, update_every=1)
+    x = images.float() / 255
+    z = torch.randn_like(x)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = diffusion(x)
+        loss.item()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+    def ancestral() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            diffusion.p_sample(z, 500)
+
+    @torch.inference_mode()
+    def ddim() -> None:
+        n = torch.full((case.batch,), 500)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            eps_hat, x_hat = diffusion.model_predictions(z, n, None, clip_x_start=True, rederive_pred_noise=True)
+        a = diffusion.alphas_cumprod[490]
+        x_hat * a.sqrt() + (1 - a).sqrt() * eps_hat
+
+    return {"training step": step, "ancestral step": ancestral, "DDIM step": ddim}
+
+
+def ours(case: Case, images: torch.Tensor, bf16: bool, folder: Path) -> dict[str, Callable[[], object]]:
+    """nelbo's."""
+    config = preset("ddpm-cifar10")
+    config = replace(
+        config,
+        data=replace(config.data, augment="none"),
+        network=replace(
+            config.network, kind="attention", channels=case.channels, multipliers=case.multipliers, dropout=0.0
+        ),
+        optimizer=replace(config.optimizer, warmup=0),
+        training=replace(config.training, batch=case.batch, precision="bf16" if bf16 else "float32"),
+    )
+    parts = {split: images.numpy() for split in ("train", "validation", "test")}
+    data = Dataset("random", "0", parts, None, 256, "random images")
+    trainer = Trainer(config, folder, data)
+    model = trainer.model
+    z, s, t = (
+        torch.randn(images.shape),
+        torch.full((case.batch,), 499 / 999).double(),
+        torch.full((case.batch,), 500 / 999),
+    )
+
+    def one(make: Callable[[], samplers.Step]) -> Callable[[], object]:
+        @torch.inference_mode()
+        def run() -> None:
+            mean, std, _ = make()(z, s, t.double())
+            mean + std * torch.randn_like(z)
+
+        return run
+
+    ancestral, ddim = (one(lambda f=f: f(model, clip=True)) for f in (samplers.reverse_step, samplers.ddim_step))
+    return {"training step": trainer.take_step, "ancestral step": ancestral, "DDIM step": ddim}
+
+
+def main(case: Case) -> dict[str, Any]:
+    """Times of both, in turns; prints a table."""
+    if case.threads:
+        torch.set_num_threads(case.threads)
+    load = os.getloadavg()[0]
+    images = torch.randint(0, 256, (case.batch, 3, case.size, case.size), dtype=torch.uint8)
+    results: dict[str, Any] = {"case": {**asdict(case), "out": None}, "machine": shared.machine(), "load": load}
+    rows = []
+    for precision, bf16 in (("float32", False), ("bf16", True)):
+        sides = {"package": theirs(case, images, bf16), "nelbo": ours(case, images, bf16, Path("unused"))}
+        best = shared.gemms(torch.bfloat16 if bf16 else torch.float32, "cpu")
+        peak = 0.0
+        for name in sides["nelbo"]:
+            times: dict[str, list[float]] = {side: [] for side in sides}
+            for turn in range(case.repeats + 1):
+                for side, runs in sides.items():
+                    begun = time.perf_counter()
+                    runs[name]()
+                    if turn:  # the first warms up
+                        times[side].append(time.perf_counter() - begun)
+                peak = max(peak, *(flops / shared.timed(run) / 1e9 for flops, run in best.values()))
+            ratios = [a / b for a, b in zip(times["package"], times["nelbo"], strict=True)]
+            results[f"{name}, {precision}"] = {**times, "ratio": ratios}
+            rows.append([name, precision, *(shared.show(shared.spread(v), 1000) for v in times.values()),
+                         shared.show(shared.spread(ratios), 1, 2)])  # fmt: skip
+        results[f"gemm, {precision}"] = peak
+        rows.append([f"best matrix product {peak:.0f} GFLOP/s", precision, "", "", ""])
+    print(shared.table(["", "precision", "package, ms", "nelbo, ms", "package / nelbo"], rows))
+    results["load_after"] = os.getloadavg()[0]
+    print(f"load {load:.1f} before, {results['load_after']:.1f} after; medians (least..most) of {case.repeats} turns")
+    if case.out is not None:
+        case.out.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Case, description=__doc__))
