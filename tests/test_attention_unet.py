@@ -1,4 +1,4 @@
-"""The U-Net of denoising-diffusion-pytorch: its own derivatives, by differences and by torch's. Parity: test_convert."""
+"""The U-Net of denoising-diffusion-pytorch: its derivatives, by differences and by torch's. Parity: test_convert.py."""
 
 import pytest
 import torch

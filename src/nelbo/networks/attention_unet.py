@@ -301,8 +301,8 @@ class AttentionUNet(nn.Module):
     """(x (B, C, H, W), n (B,) timesteps, estimate of x or None) -> (B, outputs, H, W).
 
     ``channels`` times each of ``multipliers`` at halved resolutions, ``first`` of the first convolution; ``full``:
-    which resolutions have full attention, by default the last; ``heads`` and ``features`` of a head, one or one for each
-    resolution; ``theta``, the base of equation (1). H and W must be multiples of 2^(resolutions - 1).
+    which resolutions have full attention, by default the last; ``heads`` and ``features`` of a head, one or one for
+    each resolution; ``theta``, the base of equation (1). H and W must be multiples of 2^(resolutions - 1).
     """
 
     def __init__(
