@@ -92,7 +92,6 @@ FOLLOW_UPS: tuple[tuple[str, str, str], ...] = (
     # Too few steps? Three times as many.
     ("vdm-digits-x3-steps", "vdm-digits", LONGER),
     ("mulan-digits-x3-steps", "mulan-digits", LONGER),
-    ("mulan-linear-digits-x3-steps", "mulan-linear-digits", LONGER),
 )
 
 
