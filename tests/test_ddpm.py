@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nelbo
-from nelbo import likelihood, objectives, pixels
+from nelbo import likelihood, objectives, pixels, samplers
 from nelbo.compose import build_model
 from nelbo.draws import Draws
 from nelbo.errors import UserError
@@ -501,6 +501,33 @@ def test_a_step_is_that_of_diffusers(prediction, variance_type, variance, clip):
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5), dtype=FLOAT)
         torch.testing.assert_close(mean + std * noise, step.prev_sample, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(x_hat, step.pred_original_sample, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction", KINDS)
+@pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
+@pytest.mark.parametrize("clip", (False, True))
+def test_a_ddim_step_is_that_of_diffusers(prediction, eta, clip):
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(
+        num_train_timesteps=100, beta_start=1e-3, beta_end=0.2, prediction_type=prediction, clip_sample=clip
+    )
+    theirs.alphas_cumprod = torch.cumprod(1 - theirs.betas.double(), 0)
+    theirs.set_timesteps(10)
+    gammas = gammas_of_betas(theirs.betas.double().numpy())
+    random = torch.Generator().manual_seed(0)
+    z, out, noise = (torch.randn(2, 1, 2, 2, generator=random, dtype=FLOAT) for _ in range(3))
+    model = DiffusionModel(
+        lambda *_: out, Schedule(Table(gammas), gammas[0], gammas[-1]), PATHS["vp"](),
+        PARAMETERIZATIONS[KINDS[prediction]](), (1, 2, 2), 256,
+    )  # fmt: skip
+    step = samplers.ddim_step(model, eta=eta, clip=clip)
+    for n in (10, 50, 90):
+        s, t = ((torch.tensor([m], dtype=FLOAT) / 99).expand(2) for m in (n - 10, n))
+        mean, std, x_hat = step(z, s, t)
+        wanted = theirs.step(out, n, z, eta=eta, use_clipped_model_output=True, variance_noise=noise if eta else None)
+        torch.testing.assert_close(mean + std * noise, wanted.prev_sample, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(x_hat, wanted.pred_original_sample, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [
