@@ -321,6 +321,24 @@ def test_the_ode_of_gaussian_data_gives_the_density_and_the_networks_own_decoder
     assert found.is_bound
 
 
+def test_the_flow_of_a_table_takes_steps_that_are_equal_in_t():
+    """Its network sees the timestep: what a step may miss are waves of t, not of gamma."""
+    toy = gaussian([0.3, 0.6])
+    model = build(toy)
+    gammas, told = model.schedule.interior.cubic.powers[3], []
+    exact, number = model.network, TimestepNetwork(None, [*gammas.tolist(), model.schedule.gamma_1])
+
+    def net(z, gamma, conditioning=None):
+        told.append(float(number.timestep(gamma.flatten())[0]) / (T - 1))
+        return exact(z, gamma)
+
+    model.network = net
+    images = torch.tensor([[3, 5]]).reshape(1, *toy.shape)
+    likelihood.ode(model, images, dequantization="variational", replicates=1, rtol=0.9, atol=0.9, least_steps=50)
+    apart = np.diff(np.unique(np.round(told, 9)))
+    assert 49 <= len(apart) < 70 and apart.max() < 1.001 / 50
+
+
 def test_the_flow_does_not_start_below_the_lowest_noise_that_was_trained():
     toy = gaussian([0.3, 0.6])
     model = build(toy, levels=256)
