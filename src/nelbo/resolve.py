@@ -205,7 +205,9 @@ def _trainer(path: Path, weights: str, out: Path | None, parameterization: str |
         from nelbo.networks import AttentionUNet
 
         if shape is None:
-            raise UserError(f"{path} does not say how large its images are: give --data, whose size is taken")
+            raise UserError(
+                f"{path} does not say how large its images are: nelbo evaluate and nelbo fid take the size of --data"
+            )
         network = AttentionUNet(trained.channels, **trained.network)
         checkpoints.load_weights(network, trained.weights[weights], path)
         reverse = Reverse("learned" if trained.learned else "fixed-small", True, "gaussian")

@@ -482,7 +482,8 @@ def _loop(
             if due(training.fid_every):
                 figures = trainer.fid(say)
                 log.write(figures)
-                say(f"step {trainer.step}: FID {figures['fid']:.2f}, {figures['samples']} samples")
+                name = "FID" if training.fid_extractor == "inception" else f"distance ({training.fid_extractor})"
+                say(f"step {trainer.step}: {name} {figures['fid']:.3f}, {figures['samples']} samples")
             if stop or last or improved or due(training.save_every):
                 trainer.save()
         if stop and not last:
