@@ -20,8 +20,8 @@ demo: $(INSTALLED)  ## train MuLAN on digits, evaluate, sample, report: about te
 	test $(DEMO)/samples/best.png -nt $(DEMO)/run.json || $(BIN)/nelbo sample $(DEMO) --count 100 --out $(DEMO)/samples/best
 	$(BIN)/nelbo report $(DEMO)
 
-test: $(INSTALLED)  ## everything but the tests marked slow: minutes
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+test: $(INSTALLED)  ## everything but the tests marked slow: minutes, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
 
 test-slow: $(INSTALLED)  ## the slow ones too
 	$(BIN)/python -m pytest -m 'not gpu'

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from nelbo.networks import AttentionUNet, attention_unet
-from nelbo.networks.attention_unet import FullAttention, LinearAttention, _convolve, _convolved, _Normalise, _normalised
+from nelbo.networks.attention_unet import (
+    FullAttention,
+    LinearAttention,
+    _Across,
+    _convolve,
+    _convolved,
+    _Normalise,
+    _normalised,
+)
 
 
 def random(*shape, seed=0):
@@ -15,15 +23,26 @@ def random(*shape, seed=0):
 @pytest.mark.parametrize("film", (False, True))
 def test_normalisation_has_the_derivatives_of_its_formula(swish, film):
     x, gain = random(2, 2, 2, 3).requires_grad_(), random(2 if film else 1, 1, 1, 3, seed=1).requires_grad_()
+    rest = random(2, 2, 2, 3, seed=3).requires_grad_()
     shift = random(2, 1, 1, 3, seed=2).requires_grad_() if film else None
-    inputs = (x, gain) if shift is None else (x, gain, shift)
-    torch.testing.assert_close(_Normalise.apply(x, gain, shift, swish), _normalised(x, gain, shift, swish))
+    inputs = (x, gain, rest) if shift is None else (x, gain, rest, shift)
 
-    def call(x, gain, shift=None):
-        return _Normalise.apply(x, gain, shift, swish)
+    def call(x, gain, rest, shift=None):
+        return _Normalise.apply(x, gain, shift, rest, swish)
 
+    torch.testing.assert_close(call(*inputs), _normalised(x, gain, shift, rest, swish))
+    torch.testing.assert_close(_Normalise.apply(x, gain, shift, None, swish), call(*inputs) - rest)
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_the_product_across_pixels_has_the_derivatives_of_torchs_with_gradients_in_their_own_order():
+    a, b = random(2, 5, 3).requires_grad_(), random(2, 5, 4, seed=1).requires_grad_()
+    torch.testing.assert_close(_Across.apply(a, b), a.mT @ b)
+    assert torch.autograd.gradcheck(_Across.apply, (a, b))
+    assert torch.autograd.gradgradcheck(_Across.apply, (a, b))
+    for gradient in torch.autograd.grad(_Across.apply(a, b).sum(), (a, b)):
+        assert gradient.is_contiguous()
 
 
 @pytest.mark.parametrize("transposed", (False, True))

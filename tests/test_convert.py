@@ -169,10 +169,42 @@ def test_evaluate_takes_a_trainers_file(tmp_path, monkeypatch, capsys):
 
 
 def spoiled(tmp_path, change):
-    content = torch.load(HERE / "learned.pt", weights_only=True)
+    content = torch.load(HERE / "conditioned.pt", weights_only=True)
     change(content)
     torch.save(content, tmp_path / "x.pt")
     return tmp_path / "x.pt"
+
+
+def snr_of(content):
+    alpha_bar = torch.cumprod(1 - content["model"]["betas"].double(), 0)
+    return alpha_bar / (1 - alpha_bar)
+
+
+WEIGHTS = {"noise": lambda snr, c: c / snr, "data": lambda snr, c: c, "velocity": lambda snr, c: c / (snr + 1)}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("largest", (1e-3, 3.0, 1e9))
+def test_what_the_network_estimates_follows_from_the_loss_weights_clipped_anywhere(tmp_path, kind, largest):
+    content = torch.load(HERE / "conditioned.pt", weights_only=True)
+    snr = snr_of(content)
+    content["model"]["loss_weight"] = WEIGHTS[kind](snr, snr.clamp(max=largest)).float()
+    torch.save(content, tmp_path / "x.pt")
+    assert read(tmp_path / "x.pt").parameterization == kind
+
+
+def test_a_learned_variance_comes_with_the_noise_whatever_the_loss_weights_say(tmp_path):
+    """LearnedGaussianDiffusion's objective is pred_v by default, and it trains the noise all the same."""
+    content = torch.load(HERE / "learned.pt", weights_only=True)
+    snr = snr_of(content)
+    content["model"]["loss_weight"] = (snr / (snr + 1)).float()
+    torch.save(content, tmp_path / "x.pt")
+    assert read(tmp_path / "x.pt").parameterization == "noise"
+
+
+def test_images_that_the_network_cannot_halve_are_refused():
+    with pytest.raises(UserError, match=r"multiples of 2.*got 7x8"):
+        resolve(HERE / "model-1.pt").load(256, "cpu", (1, 7, 8))
 
 
 MISTAKES = {

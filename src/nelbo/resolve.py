@@ -208,6 +208,12 @@ def _trainer(path: Path, weights: str, out: Path | None, parameterization: str |
             raise UserError(
                 f"{path} does not say how large its images are: nelbo evaluate and nelbo fid take the size of --data"
             )
+        smallest = 2 ** (len(trained.network["multipliers"]) - 1)
+        if shape[1] % smallest or shape[2] % smallest:
+            raise UserError(
+                f"{path}: height and width must be multiples of {smallest}, because its network halves images, "
+                f"got {shape[1]}x{shape[2]}"
+            )
         network = AttentionUNet(trained.channels, **trained.network)
         checkpoints.load_weights(network, trained.weights[weights], path)
         reverse = Reverse("learned" if trained.learned else "fixed-small", True, "gaussian")

@@ -3,9 +3,12 @@ r"""Trainer checkpoints (``model-N.pt``) of denoising-diffusion-pytorch, read by
 The file holds the weights of a GaussianDiffusion, or of one with learned variance, its buffers, and their moving
 average. The U-Net's sizes follow from the shapes, and what the network estimates from the buffer of loss weights,
 
-    (1)  noise: w = c/SNR,   data: w = c,   velocity: w = c/(SNR + 1),    c = SNR, or min(SNR, 5)
+    (1)  noise: w = c/SNR,   data: w = c,   velocity: w = c/(SNR + 1),    c = min(SNR, k), k the largest c there is
 
-It does not hold the size of the images. Betas are float32 there; everything that follows from them is taken in float64.
+except that a learned variance comes with an estimate of the noise, whatever the buffer says: the package trains and
+samples it so. The file does not hold the size of the images, nor theta of the time embedding (10000 here) nor the range
+of the images (-1 to 1 here), the package's defaults. Betas are float32 there; what follows from them is taken in
+float64, which puts gamma within 1.3e-5 of the package's own (its float32 alphas_cumprod would be off by 5e-4).
 """
 
 import re
@@ -74,7 +77,7 @@ def read(path: Path, parameterization: str | None = None) -> Trained:
     return Trained(
         network=network,
         betas=state["betas"].double().numpy(),
-        parameterization=parameterization or _parameterization(path, state),
+        parameterization=parameterization or ("noise" if learned else _parameterization(path, state)),
         learned=learned,
         channels=channels,
         step=int(content.get("step", 0)),
@@ -143,9 +146,9 @@ def _parameterization(path: Path, state: dict[str, Tensor]) -> str:
     alpha_bar = torch.cumprod(1 - betas, 0)
     snr = alpha_bar / (1 - alpha_bar)
     weight = state.get("loss_weight")
-    if weight is not None:
-        for clipped in (snr, snr.clamp(max=5)):
-            for name, wanted in (("noise", clipped / snr), ("data", clipped), ("velocity", clipped / (snr + 1))):
-                if torch.allclose(weight.double(), wanted, rtol=0.02):
-                    return name
+    if weight is not None and weight.shape == snr.shape:
+        for name, factor in (("noise", snr), ("data", torch.ones_like(snr)), ("velocity", snr + 1)):
+            c = weight.double() * factor
+            if torch.allclose(c, snr.clamp(max=c.max()), rtol=0.02):
+                return name
     raise UserError(f"{path} does not say what its network estimates: give --parameterization noise, data or velocity")

@@ -37,43 +37,49 @@ MEMORY = 4  # learned keys and values of every attention
 FEW = 512  # pixels of a batch up to which a kernel's gradient is a matrix product
 
 
-def _normalised(x: Tensor, gain: Tensor, shift: Tensor | None, swish: bool) -> Tensor:
-    """gain x/|x| + shift, then swish on request; in terms of torch's own functions."""
-    y = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12) * gain
-    y = y if shift is None else y + shift
-    return F.silu(y) if swish else y
-
-
 def _wide(x: Tensor) -> Tensor:
     """x in at least float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _normalised(x: Tensor, gain: Tensor, shift: Tensor | None, rest: Tensor | None, swish: bool) -> Tensor:
+    """gain x/|x| + shift, then swish on request, plus rest; in terms of torch's own functions."""
+    y = _wide(x)
+    y = y / torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp(min=1e-12) * gain
+    y = y if shift is None else y + shift
+    y = (F.silu(y) if swish else y).to(x.dtype)
+    return y if rest is None else y + rest
+
+
 class _Normalise(torch.autograd.Function):
-    """``_normalised`` for x (B, H, W, C), gain and shift (B or 1, 1, 1, C), in few passes over memory: what is kept
-    for the backward pass is x, and what can be computed from it is computed again."""
+    """``_normalised`` for x and rest (B, H, W, C), gain and shift (B or 1, 1, 1, C), in few passes over memory: what is
+    kept for the backward pass is x, and what can be computed from it is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor | None, swish: bool) -> Tensor:
-        wide = _wide(x)
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True, dtype=wide.dtype)
-        inverse = norm.clamp_(min=1e-12).reciprocal_()
+    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor | None, rest: Tensor | None, swish: bool) -> Tensor:
+        y = _wide(x)
+        inverse = torch.linalg.vector_norm(y, dim=-1, keepdim=True, dtype=y.dtype).clamp_(min=1e-12).reciprocal_()
         ctx.save_for_backward(x, gain, shift, inverse)
-        ctx.swish = swish
-        y = wide * inverse
+        ctx.swish, ctx.rest = swish, rest is not None
+        y = torch.mul(y, inverse, out=None if y is x else y)
         y = y.mul_(gain) if shift is None else torch.addcmul(shift, y, gain, out=y)
-        return (torch.ops.aten.silu_(y) if swish else y).to(x.dtype)
+        if swish:
+            torch.ops.aten.silu_(y)
+        y = y.to(x.dtype)
+        return y if rest is None else y.add_(rest)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, shift, inverse = ctx.saved_tensors
+        of_rest = gradient if ctx.rest else None
         if torch.is_grad_enabled():  # a derivative of the derivative is wanted
             inputs = (x, gain, shift)
-            y = _normalised(_wide(x), gain, shift, ctx.swish).to(x.dtype)
+            y = _normalised(x, gain, shift, None, ctx.swish)
             wanted = [v for v in inputs if v is not None and v.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
-            return *(next(found) if v is not None and v.requires_grad else None for v in inputs), None
-        unit = _wide(x) * inverse
+            return *(next(found) if v is not None and v.requires_grad else None for v in inputs), of_rest, None
+        unit = _wide(x)
+        unit = torch.mul(unit, inverse, out=None if unit is x else unit)
         gradient = _wide(gradient)
         if ctx.swish:
             y = unit * gain if shift is None else torch.addcmul(shift, unit, gain)
@@ -83,7 +89,22 @@ class _Normalise(torch.autograd.Function):
         of_gain = product.sum_to_size(gain.shape)
         along = product.mul_(gain).sum(-1, keepdim=True)
         of_x = torch.mul(gradient, gain, out=product).addcmul_(unit, along, value=-1).mul_(inverse)
-        return of_x.to(x.dtype), of_gain, of_shift, None
+        return of_x.to(x.dtype), of_gain, of_shift, of_rest, None
+
+
+class _Across(torch.autograd.Function):
+    """a^T b over pixels: (B, N, C), (B, N, E) -> (B, C, E). torch's own gradient of a comes transposed in memory, which
+    every later step pays for."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a.mT @ b
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return b @ gradient.mT, a @ gradient
 
 
 class Normalisation(nn.Module):
@@ -93,12 +114,18 @@ class Normalisation(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x: Tensor, film: tuple[Tensor, Tensor] | None = None, swish: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        film: tuple[Tensor, Tensor] | None = None,
+        rest: Tensor | None = None,
+        swish: bool = False,
+    ) -> Tensor:
         gain = (self.scale * math.sqrt(len(self.scale))).reshape(1, 1, 1, -1)
         shift = None
         if film is not None:
             gain, shift = gain * (1 + film[0]), film[1]
-        return _Normalise.apply(x, gain, shift, swish)
+        return _Normalise.apply(x, gain, shift, rest, swish)
 
 
 def _windows(x: Tensor, size: int, stride: int) -> Tensor:
@@ -208,9 +235,10 @@ class ResidualBlock(nn.Module):
         self.shortcut = Convolution(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        a, b = F.linear(time, self.project.weight, self.project.bias)[:, None, None].chunk(2, -1)
+        with torch.autocast(x.device.type, enabled=False):
+            a, b = self.project(time)[:, None, None].chunk(2, -1)
         h = self.dropout(self.norm_1(self.conv_1(x), (a, b), swish=True))
-        return self.norm_2(self.conv_2(h), swish=True) + self.shortcut(x)
+        return self.norm_2(self.conv_2(h), rest=self.shortcut(x), swish=True)
 
 
 class Attention(nn.Module):
@@ -258,19 +286,17 @@ class LinearAttention(Attention):
         q = torch.softmax(_wide(F.linear(n, of_q)).unflatten(-1, (heads, features)), -1).flatten(2).to(n.dtype)
         k, memory = F.linear(n, of_k), self.memory
         top = torch.maximum(k.detach().amax(1), memory[0].detach().amax(1).flatten())[:, None]  # (B, 1, heads E)
-        weights = torch.exp(k - top)
+        weights = torch.exp(_wide(k) - top)
         # (B, heads, 4, E): weights of the learned keys
         extra = torch.exp(memory[0] - top.reshape(batch, heads, 1, features))
         total = weights.sum(1, dtype=extra.dtype).reshape(batch, heads, features) + extra.sum(2)
-        context = n.mT @ weights.to(
-            n.dtype
-        )  # (B, C, heads E); the transpose of it would cost a copy in the backward pass
+        context = _Across.apply(n, weights.to(n.dtype))  # (B, C, heads E)
         context = context.reshape(batch, channels, heads, features).permute(0, 2, 3, 1)
         values = context @ of_v.reshape(heads, features, channels).mT
         values = (values + extra.mT @ memory[1]) / (total[..., None] * math.sqrt(features))
         mixed = values @ self.out.weight.reshape(channels, heads, features).permute(1, 2, 0)
         y = torch.baddbmm(self.out.bias.to(n.dtype), q, mixed.flatten(1, 2).to(n.dtype))
-        return x + self.norm_out(y.reshape(x.shape))
+        return self.norm_out(y.reshape(x.shape), rest=x)
 
 
 class Level(nn.Module):
@@ -346,8 +372,8 @@ class AttentionUNet(nn.Module):
 
     def time(self, n: Tensor) -> Tensor:
         half = self.channels // 2
-        place = torch.arange(half, dtype=n.dtype, device=n.device) / (half - 1)
-        phase = n[:, None] * torch.exp(-math.log(self.theta) * place)
+        place = torch.arange(half, dtype=n.dtype, device=n.device)
+        phase = n[:, None] * torch.exp(place * (-math.log(self.theta) / (half - 1)))  # rounded as in the package
         h = torch.cat((phase.sin(), phase.cos()), -1)
         return F.silu(self.dense_1(F.gelu(self.dense_0(h))))
 
