@@ -658,3 +658,40 @@ def test_a_ddpm_of_ones_own_is_asked_with_timesteps():
     assert sorted({round(float(v), 6) for t in told for v in t}) == [0, 1, 2] and found.is_bound
     assert float(model.reals(images).min()) == -1 and float(model.reals(images).max()) == 1
     assert model.schedule.timesteps == 3 and model.reverse == Reverse("fixed-large", True, "gaussian")
+
+
+def test_a_distance_is_taken_every_so_many_images_and_changes_nothing_else(tmp_path):
+    small = {"network.channels": 8, "network.groups": 2, "training.batch": 8, "training.steps": 4,
+             "training.log_every": 2, "training.evaluate_every": 0, "optimizer.warmup": 1, "optimizer.decay": "none"}  # fmt: skip
+    config = change(preset("ddpm-digits"), small)
+    often = {"training.fid_every": 16, "training.fid_samples": 12, "training.fid_steps": 2,
+             "training.fid_extractor": "random"}  # fmt: skip
+    said = []
+    train(config, tmp_path / "without", say=said.append)
+    train(change(config, often), tmp_path / "with", say=said.append)
+    without, found = (outcome(tmp_path / name) for name in ("without", "with"))
+    lines = [line for line in found["metrics.jsonl"] if line["kind"] == "fid"]
+    assert [(line["step"], line["samples"], line["extractor"]) for line in lines] == [
+        (2, 12, "random"),
+        (4, 12, "random"),
+    ]
+    assert all(line["fid"] > line["floor"] > 0 for line in lines)
+    assert [line for line in found["metrics.jsonl"] if line["kind"] != "fid"] == without["metrics.jsonl"]
+    name = "checkpoints/step-000000004/weights.safetensors"
+    assert found[name] == without[name]
+    assert any("distance (random)" in line for line in said)
+
+
+def test_the_report_has_rate_and_distortion(tmp_path):
+    from nelbo import evaluation
+    from nelbo.report import write_report
+
+    small = {"network.channels": 8, "network.groups": 2, "training.batch": 8, "training.steps": 2}
+    train(change(preset("ddpm-digits"), small), tmp_path / "run", say=lambda line: None)
+    settings = evaluation.Settings(checkpoint="last", images=4, times=60)
+    record = evaluation.evaluate(tmp_path / "run", settings).record
+    page = write_report([tmp_path / "run"], tmp_path / "page.html", "last").read_text()
+    section = page.split('id="rate"')[1].split("</section>")[0]
+    rate = record["terms"]["prior"]["mean"] + record["terms"]["diffusion"]["mean"]
+    assert "<svg" in section and f"{rate:.4f}" in section
+    assert "decoder: the network" in page and "variance fixed-large" in page
