@@ -662,7 +662,8 @@ def test_a_ddpm_of_ones_own_is_asked_with_timesteps():
 
 def test_a_distance_is_taken_every_so_many_images_and_changes_nothing_else(tmp_path):
     small = {"network.channels": 8, "network.groups": 2, "training.batch": 8, "training.steps": 4,
-             "training.log_every": 2, "training.evaluate_every": 0, "optimizer.warmup": 1, "optimizer.decay": "none"}  # fmt: skip
+             "training.log_every": 2, "training.evaluate_every": 0, "optimizer.warmup": 1,
+             "optimizer.decay": "none"}  # fmt: skip
     config = change(preset("ddpm-digits"), small)
     often = {"training.fid_every": 16, "training.fid_samples": 12, "training.fid_steps": 2,
              "training.fid_extractor": "random"}  # fmt: skip
