@@ -1,9 +1,12 @@
 r"""A DDPM in nelbo beside the common PyTorch package, denoising-diffusion-pytorch: a training step, and sampling.
 
-The same U-Net (64 channels, multipliers 1, 2, 4, 8 unless said), the same images, batch and T = 1000, in one process,
-in turns. The package's step is its Trainer's: GaussianDiffusion's loss, backward, clipping to 1, Adam, its EMA at every
-step. nelbo's is ``Trainer.take_step`` of nelbo.training itself, network.kind = attention, with the simple loss and
-clipping. Both take the same optimizer settings; both read the loss at every step. bf16 is torch's autocast for both.
+The same U-Net (64 channels, multipliers 1, 2, 4, 8 unless said), the same images, batch and T = 1000, in turns, each in
+a process of its own that sets itself up as its users' does. The package's step is its Trainer's: GaussianDiffusion's
+loss, backward, clipping to 1, Adam, its EMA at every step. nelbo's is ``Trainer.take_step`` of nelbo.training itself,
+network.kind = attention, with the simple loss and clipping, as the ``nelbo`` command runs it: it keeps the memory that
+a step frees (nelbo.process). A third process runs the package with memory kept too, which tells that part from the
+rest. Both take the same optimizer settings; both read the loss at every step. bf16 is torch's autocast for both. How
+threads wait is the same for all.
 
 Sampling: one step of ancestral sampling (clipped), one evaluation of the network and the arithmetic around it, and one
 of DDIM, of as many images as the batch. The figure is the package's time over nelbo's within the same turn: median, and
@@ -22,19 +25,27 @@ import time
 import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from nelbo.process import choose_waiting, keep_memory
+
+choose_waiting()  # before torch is loaded; the processes started below inherit it
 
 import torch
-import training_step as shared  # chooses how threads wait, before torch is loaded
+import training_step as shared
 import tyro
 
 from nelbo import samplers
 from nelbo.data import Dataset
 from nelbo.presets import preset
 from nelbo.training import Trainer
+
+SIDES = ("package", "package, memory kept", "nelbo")
+WARM = 2  # turns that are not counted
 
 
 @dataclass(frozen=True)
@@ -147,34 +158,62 @@ def ours(case: Case, images: torch.Tensor, bf16: bool, folder: Path) -> dict[str
     return {"training step": trainer.take_step, "ancestral step": ancestral, "DDIM step": ddim}
 
 
+def work(connection: Connection, side: str, case: Case, bf16: bool) -> None:
+    """One side in a process of its own: runs what it is told to by name, and answers with the seconds it took."""
+    try:
+        if side != "package":
+            keep_memory()
+        if case.threads:
+            torch.set_num_threads(case.threads)
+        images = torch.randint(0, 256, (case.batch, 3, case.size, case.size), dtype=torch.uint8)
+        runs = ours(case, images, bf16, Path("unused")) if side == "nelbo" else theirs(case, images, bf16)
+        connection.send(list(runs))
+        while name := connection.recv():
+            begun = time.perf_counter()
+            runs[name]()
+            connection.send(time.perf_counter() - begun)
+    except SystemExit as error:
+        connection.send(str(error))
+
+
 def main(case: Case) -> dict[str, Any]:
-    """Times of both, in turns; prints a table."""
+    """Times of all three, in turns; prints a table."""
     if case.threads:
         torch.set_num_threads(case.threads)
     load = os.getloadavg()[0]
-    images = torch.randint(0, 256, (case.batch, 3, case.size, case.size), dtype=torch.uint8)
     results: dict[str, Any] = {"case": {**asdict(case), "out": None}, "machine": shared.machine(), "load": load}
     rows = []
     for precision, bf16 in (("float32", False), ("bf16", True)):
-        sides = {"package": theirs(case, images, bf16), "nelbo": ours(case, images, bf16, Path("unused"))}
+        ends = {}
+        for side in SIDES:
+            ends[side], other = Pipe()
+            get_context("spawn").Process(target=work, args=(other, side, case, bf16), daemon=True).start()
+        names = [end.recv() for end in ends.values()]
+        if missing := next((found for found in names if isinstance(found, str)), None):
+            raise SystemExit(missing)
         best = shared.gemms(torch.bfloat16 if bf16 else torch.float32, "cpu")
         peak = 0.0
-        for name in sides["nelbo"]:
-            times: dict[str, list[float]] = {side: [] for side in sides}
-            for turn in range(case.repeats + 1):
-                for side, runs in sides.items():
-                    begun = time.perf_counter()
-                    runs[name]()
-                    if turn:  # the first warms up
-                        times[side].append(time.perf_counter() - begun)
+        for name in names[0]:
+            times: dict[str, list[float]] = {side: [] for side in SIDES}
+            for turn in range(case.repeats + WARM):
+                for side, end in ends.items():
+                    end.send(name)
+                    seconds = end.recv()
+                    if turn >= WARM:
+                        times[side].append(seconds)
                 peak = max(peak, *(flops / shared.timed(run) / 1e9 for flops, run in best.values()))
-            ratios = [a / b for a, b in zip(times["package"], times["nelbo"], strict=True)]
-            results[f"{name}, {precision}"] = {**times, "ratio": ratios}
+            ratios = [
+                [a / b for a, b in zip(times[side], times["nelbo"], strict=True)] for side in SIDES if side != "nelbo"
+            ]
+            results[f"{name}, {precision}"] = {**times, "ratios": ratios}
             rows.append([name, precision, *(shared.show(shared.spread(v), 1000) for v in times.values()),
-                         shared.show(shared.spread(ratios), 1, 2)])  # fmt: skip
+                         *(shared.show(shared.spread(v), 1, 2) for v in ratios)])  # fmt: skip
+        for end in ends.values():
+            end.send("")
         results[f"gemm, {precision}"] = peak
-        rows.append([f"best matrix product {peak:.0f} GFLOP/s", precision, "", "", ""])
-    print(shared.table(["", "precision", "package, ms", "nelbo, ms", "package / nelbo"], rows))
+        rows.append([f"best matrix product {peak:.0f} GFLOP/s", precision, *[""] * 5])
+    times_of = [f"{side}, ms" for side in SIDES]
+    print(shared.table(["", "precision", *times_of, "package / nelbo", "memory kept / nelbo"], rows))
     results["load_after"] = os.getloadavg()[0]
     print(f"load {load:.1f} before, {results['load_after']:.1f} after; medians (least..most) of {case.repeats} turns")
     if case.out is not None:

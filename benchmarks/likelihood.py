@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nelbo.waiting import choose_waiting
+from nelbo.process import choose_waiting, keep_memory
 
 choose_waiting()  # as the nelbo command does; read once, when torch is loaded
 
@@ -310,6 +310,7 @@ def machine() -> str:
 
 def main(case: Case) -> None:
     """Measure and print."""
+    keep_memory()  # as the nelbo command does
     if case.threads:
         torch.set_num_threads(case.threads)
     torch.set_grad_enabled(False)

@@ -41,7 +41,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nelbo.waiting import choose_waiting
+from nelbo.process import choose_waiting, keep_memory
 
 choose_waiting()  # as the nelbo command does; read once, when torch is loaded
 
@@ -363,6 +363,7 @@ def resident(largest: bool = False) -> int:
 
 def measure_point(case: Case, precision: Precision) -> dict[str, Any]:
     """Time and peak memory of a case, for a fresh process."""
+    keep_memory()  # as the nelbo command does
     if case.threads:
         torch.set_num_threads(case.threads)
     before = resident()
@@ -490,6 +491,7 @@ def show_sweep(rows: list[dict[str, Any]]) -> str:
 
 def main(case: Case) -> dict[str, Any]:
     """Measure, print, and write what was asked for."""
+    keep_memory()  # as the nelbo command does
     if case.threads:
         torch.set_num_threads(case.threads)
     report: dict[str, Any] = {"case": asdict(case) | {"out": None}, "machine": machine(), "formula": FORMULA}

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import platform
 import pty
 import re
 import select
@@ -26,7 +27,7 @@ from nelbo import checkpoints, cli, likelihood
 from nelbo.config import from_dict
 from nelbo.data import load
 from nelbo.presets import PRESETS, preset
-from nelbo.waiting import choose_waiting
+from nelbo.process import choose_waiting
 from tiny import change, entries, flags, tiny
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
@@ -720,3 +721,24 @@ def test_threads_spin_briefly_where_the_machine_is_idle_and_sleep_where_it_is_bu
     monkeypatch.setattr(os, "environ", dict(set_by_user))
     choose_waiting()
     assert os.environ == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives freed memory back at once")
+@pytest.mark.parametrize(("set_by_user", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_memory_of_a_step_is_kept_for_the_next_where_the_user_has_not_chosen(
+    set_by_user: dict[str, str], kept: bool
+) -> None:
+    program = """
+import resource, torch
+from nelbo.process import keep_memory
+print(int(keep_memory()))
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    sum(torch.ones(2**24) for _ in range(2))  # 64 MB each
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | set_by_user
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    said, *_, faults = (int(line) for line in run.stdout.split())
+    assert bool(said) == kept
+    assert faults < 100 if kept else faults > 10000  # 4 KiB pages of three blocks: 49152

@@ -20,8 +20,8 @@ from nelbo import presets
 from nelbo.arguments import parse
 from nelbo.config import Config, to_dict
 from nelbo.errors import UserError
+from nelbo.process import choose_waiting, keep_memory
 from nelbo.stopping import Stopped
-from nelbo.waiting import choose_waiting
 
 __all__ = ["main"]
 
@@ -564,6 +564,7 @@ def run(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The ``nelbo`` command: 0; 2 with one line on stderr for a mistake; 128 + its number where a signal stopped it."""
     choose_waiting()
+    keep_memory()
     try:
         run(sys.argv[1:] if arguments is None else arguments)
         return 0

@@ -246,7 +246,7 @@ class Trainer:
             figures["error"] = float(sums[names.index("error")])
         figures["gradient_norm"] = float(norm)
         self.check_finite(figures)
-        if config.optimizer.clip:
+        if config.optimizer.clip and figures["gradient_norm"] > config.optimizer.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
         self.optimizer.step()
         update_ema(list(self.ema.parameters()), parameters, config.optimizer.ema)
