@@ -62,7 +62,14 @@ def write_run(converted: Converted, out: Path, preset: str = "") -> Path:
         parts[name.split(".")[0]] = parts.get(name.split(".")[0], 0) + parameter.numel()
     source = config.data.source
     images = converted.step * config.training.batch
-    meta = {"step": converted.step, "images": images, "seconds": 0.0, "best": None, "window": {}, "versions": versions()}
+    meta = {
+        "step": converted.step,
+        "images": images,
+        "seconds": 0.0,
+        "best": None,
+        "window": {},
+        "versions": versions(),
+    }
     checkpoints.make_folder(out)
     checkpoints.save_checkpoint(out, tensors, meta, 1)
     data = {
