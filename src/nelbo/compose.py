@@ -124,6 +124,7 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
                 dropout=network.dropout,
                 attention_everywhere=network.attention == "everywhere",
                 checkpointing=network.checkpointing,
+                skip=network.skip,
             )
         encoder: nn.Module | None = None
         if latent is not None and latent.heads:

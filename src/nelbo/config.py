@@ -124,6 +124,8 @@ class NetworkConfig:
     """Exponents f of the Fourier features sin, cos(2^f 2 pi z). By default log2(levels/4) and log2(levels/2)."""
     flag: bool = False
     """A conditioning column that says whether an image was augmented (VDM has it always; 0 at test)."""
+    skip: float = 1.0
+    """flat, pixel-noise: the output is skip z plus what the last layer puts out (sqrt 2 for velocities of i-DODE)."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

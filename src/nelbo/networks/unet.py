@@ -104,7 +104,8 @@ class FlatUNet(nn.Module):
 
     Parameters: ``image_channels``; ``channels`` and ``levels`` of the trunk; ``conditioning`` columns beside time;
     ``fourier`` exponents; ``gamma_0, gamma_1``, the constants of equation (1); ``groups`` of the normalisation;
-    ``dropout``; ``attention_everywhere`` (else in the middle only); ``checkpointing``.
+    ``dropout``; ``attention_everywhere`` (else in the middle only); ``checkpointing``; ``skip``,
+    how often z is added.
     """
 
     def __init__(
@@ -120,9 +121,10 @@ class FlatUNet(nn.Module):
         dropout: float = 0.0,
         attention_everywhere: bool = False,
         checkpointing: bool = False,
+        skip: float = 1.0,
     ) -> None:
         super().__init__()
-        self.channels, self.conditioning = channels, conditioning
+        self.channels, self.conditioning, self.skip = channels, conditioning, skip
         self.gamma_0, self.gamma_1 = gamma_0, gamma_1
         width = 4 * channels
         self.trunk = Trunk(
@@ -158,7 +160,7 @@ class FlatUNet(nn.Module):
         h, skips = self.trunk(z, condition)
         for level in self.up:
             h = level(torch.cat([h, skips.pop()], 1), condition)
-        return self.conv_out(F.silu(self.norm(h))).to(z.dtype) + z
+        return torch.add(self.conv_out(F.silu(self.norm(h))).to(z.dtype), z, alpha=self.skip)
 
 
 class PixelNoiseUNet(FlatUNet):
