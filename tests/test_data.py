@@ -17,7 +17,8 @@ from PIL import Image
 
 from nelbo.data import Batches, Dataset, baselines, load
 from nelbo.data.loader import permutation
-from nelbo.data.sources import SPLITS, photo_crops
+from nelbo.data.dataset import SPLITS
+from nelbo.data.sources import photo_crops
 from nelbo.errors import UserError
 
 reference = importlib.import_module("nelbo.data.baselines")  # the package's own baselines is the function

@@ -25,7 +25,8 @@ import numpy as np
 from nelbo import checkpoints, metrics, samplers, sampling
 from nelbo.data import Dataset, load
 from nelbo.data.loader import permutation
-from nelbo.data.sources import SPLITS, read_images
+from nelbo.data.dataset import SPLITS
+from nelbo.data.files import read_images
 from nelbo.devices import versions
 from nelbo.errors import UserError
 from nelbo.extractors import Extractor, Features, as_extractor, load_extractor

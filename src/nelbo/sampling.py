@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nelbo import checkpoints, pictures, pixels, samplers
 from nelbo.data import load
-from nelbo.data.sources import read_image
+from nelbo.data.files import read_image
 from nelbo.draws import Draws
 from nelbo.errors import UserError
 from nelbo.latents import Label

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from nelbo.data.dataset import Dataset
 from nelbo.data.loader import permutation
-from nelbo.data.sources import Dataset
 from nelbo.errors import UserError
 
 __all__ = ["Baseline", "baselines", "gaussian_mixture", "histogram", "image_file", "image_files"]
