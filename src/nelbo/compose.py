@@ -62,6 +62,11 @@ def _table(config: Config) -> np.ndarray:
     return schedules.gammas_of_betas(schedules.betas(schedule.form, schedule.timesteps) if own is None else own)
 
 
+def _head_features(config: Config) -> int | None:
+    """Features of every attention head; None for one head of all channels."""
+    return None if config.network.head_features is None else config.network.head_features[0]
+
+
 def _of_timesteps(config: Config, shape: tuple[int, int, int], gammas: np.ndarray) -> nn.Module:
     """A network that is told timesteps."""
     network, smallest = config.network, 2 ** (len(config.network.multipliers) - 1)
@@ -78,13 +83,22 @@ def _of_timesteps(config: Config, shape: tuple[int, int, int], gammas: np.ndarra
     }
     unet: nn.Module
     if network.kind == "attention":
-        unet = networks.AttentionUNet(shape[0], outputs, self_condition=network.self_condition, **made)
+        heights = [shape[1] // 2**i for i in range(len(network.multipliers))]
+        heads, features = network.heads, network.head_features or (32,)
+        unet = networks.AttentionUNet(
+            shape[0], outputs, self_condition=network.self_condition, first=network.first_channels,
+            full=None if network.full_at is None else [height in network.full_at for height in heights],
+            heads=heads if len(heads) > 1 else heads[0], features=features if len(features) > 1 else features[0],
+            **made,
+        )  # fmt: skip
         return networks.TimestepNetwork(unet, gammas)
     try:
         inputs = shape[0] * (1 + network.self_condition)
         unet = networks.ddpm_unet(
-            shape, inputs, outputs, blocks=network.blocks, attention=network.attention_at, groups=network.groups, **made
-        )
+            shape, inputs, outputs, blocks=network.blocks, attention=network.attention_at, groups=network.groups,
+            norm_eps=network.norm_eps, head_features=_head_features(config), cosines_first=network.cosines_first,
+            frequency_shift=network.frequency_shift, downsample_padding=network.downsample_padding, **made,
+        )  # fmt: skip
     except ImportError as error:
         raise UserError(f"network.kind = ddpm needs diffusers: pip install 'nelbo[ddpm]' ({error})") from None
     return networks.TimestepNetwork(unet, gammas)
@@ -124,6 +138,8 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
                 dropout=network.dropout,
                 attention_everywhere=network.attention == "everywhere",
                 checkpointing=network.checkpointing,
+                head_features=_head_features(config),
+                eps=network.norm_eps,
                 skip=network.skip,
             )
         encoder: nn.Module | None = None
@@ -141,6 +157,8 @@ def build_model(config: Config, shape: tuple[int, int, int], levels: int, classe
                     groups=network.groups,
                     dropout=network.dropout,
                     attention_everywhere=network.attention == "everywhere",
+                    head_features=_head_features(config),
+                    eps=network.norm_eps,
                 )
         interior = _interior(config, shape, (gamma_0, gamma_1)) if table is None else schedules.Table(table)
         schedule = schedules.Schedule(interior, gamma_0, gamma_1, config.schedule.ends)

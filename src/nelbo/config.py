@@ -112,10 +112,27 @@ class NetworkConfig:
     """ddpm: residual blocks at each resolution."""
     attention_at: tuple[int, ...] = (16,)
     """ddpm: heights of the feature maps where attention acts, besides the middle."""
+    full_at: tuple[int, ...] | None = None
+    """attention: heights of the feature maps where attention is full, linear elsewhere. By default the smallest."""
+    heads: tuple[int, ...] = (4,)
+    """attention: heads of every attention, or one number for each resolution."""
+    head_features: tuple[int, ...] | None = None
+    """Features of an attention head. By default all channels make one head; attention: 32, also one for each
+    resolution."""
+    first_channels: int | None = None
+    """attention: channels of the first convolution. By default channels."""
+    cosines_first: bool = False
+    """ddpm: cosines before sines in the embedding of time (diffusers' own default, not DDPM's)."""
+    frequency_shift: float = 1.0
+    """ddpm: s of the embedding's frequencies 10000^(-j/(c/2 - s)) (1 is DDPM's, 0 diffusers' own default)."""
+    downsample_padding: Literal[0, 1] = 0
+    """ddpm: zeros around a map that is halved: 0, beyond its end only (DDPM); 1, on every side."""
     self_condition: bool = False
     """ddpm, attention: the network also gets its own estimate of the image (zeros half of the time in training)."""
     groups: int = 32
     """Groups of the group normalisation. With as many groups as channels the network cannot see time at all."""
+    norm_eps: float = 1e-6
+    """Added to the variance in the group normalisation."""
     dropout: float = 0.0
     """Probability of dropping an activation in training."""
     attention: Literal["middle", "everywhere"] = "middle"
@@ -268,12 +285,12 @@ POSITIVE = (
     "objective.prior_scale optimizer.learning_rate optimizer.schedule_learning_rate optimizer.eps training.steps "
     "training.batch training.accumulate training.log_every training.evaluate_images training.evaluate_times "
     "training.keep training.fid_samples training.fid_steps network.blocks objective.min_snr objective.hybrid "
-    "objective.p2_k"
+    "network.norm_eps network.first_channels objective.p2_k"
 ).split()
 NOT_NEGATIVE = (
     "network.levels objective.steps objective.latent_weight objective.p2_gamma objective.second_order "
     "optimizer.weight_decay optimizer.warmup optimizer.clip training.seed training.evaluate_every "
-    "training.sample_every training.save_every training.fid_every"
+    "network.frequency_shift training.sample_every training.save_every training.fid_every"
 ).split()
 FRACTIONS = "network.dropout optimizer.beta_1 optimizer.beta_2 optimizer.ema".split()
 
@@ -322,6 +339,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"schedule.gamma_min must lie below schedule.gamma_max = {schedule.gamma_max}, got {schedule.gamma_min}"
         )
+    _check_heads(network)
     _check_ddpm(config)
     if schedule.ends == "free" and schedule.kind not in ("monotone", "pixel-monotone"):
         raise UserError(f"schedule.ends = free needs schedule.kind monotone or pixel-monotone, got {schedule.kind}")
@@ -366,6 +384,25 @@ def check(config: Config) -> None:
         raise UserError(
             "objective.minimise_variance needs optimizer.clip = 0 (the schedule's gradient is hundreds of times the "
             f"network's, which a common norm would crush), got {config.optimizer.clip}"
+        )
+
+
+def _check_heads(network: NetworkConfig) -> None:
+    """Heads of attention that the channels can be divided into."""
+    several = (1, len(network.multipliers)) if network.kind == "attention" else (1,)
+    found = (1,) if network.head_features is None else network.head_features
+    for name, numbers in (("heads", network.heads), ("head_features", found)):
+        if len(numbers) not in several or min(numbers) < 1:
+            raise UserError(
+                f"network.{name} must be 1 whole number above 0, or for network.kind = attention one for each of "
+                f"network.multipliers, got {numbers}"
+            )
+    if network.kind != "attention" and network.channels % found[0]:
+        raise UserError(f"network.head_features must divide network.channels = {network.channels}, got {found[0]}")
+    if not network.frequency_shift < network.channels / 2:
+        raise UserError(
+            f"network.frequency_shift must lie below half of network.channels = {network.channels}, got "
+            f"{network.frequency_shift}"
         )
 
 

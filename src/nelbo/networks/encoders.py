@@ -33,11 +33,16 @@ class UNetEncoder(nn.Module):
         groups: int = 32,
         dropout: float = 0.0,
         attention_everywhere: bool = False,
+        head_features: int | None = None,
+        eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.trunk = Trunk(shape[0], channels, levels, channels, 1, fourier, groups, dropout, attention_everywhere)
-        self.norm = norm(channels, groups)
+        self.trunk = Trunk(
+            shape[0], channels, levels, channels, 1, fourier, groups, dropout, attention_everywhere,
+            head_features=head_features, eps=eps,
+        )  # fmt: skip
+        self.norm = norm(channels, groups, eps)
         self.conv_out = zero(nn.Conv2d(channels, 1, 3, padding=1))
         self.heads = nn.ModuleList(nn.Linear(math.prod(shape[1:]), size) for _ in range(heads))
         initialise(self)

@@ -41,9 +41,9 @@ def fourier_features(z: Tensor, exponents: tuple[float, ...]) -> Tensor:
     return torch.cat([phase.sin(), phase.cos()], 1)
 
 
-def norm(channels: int, groups: int) -> nn.GroupNorm:
-    """Group normalisation as in flax: eps 1e-6, groups of adjacent channels."""
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def norm(channels: int, groups: int, eps: float = 1e-6) -> nn.GroupNorm:
+    """Group normalisation, of groups of adjacent channels; flax's eps is 1e-6."""
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def zero(layer: nn.Module) -> nn.Module:
@@ -86,12 +86,14 @@ class Dropout(nn.Dropout):
 class ResidualBlock(nn.Module):
     """Equation (3). The condition is (B, E), or (B, H, W, E) where every pixel has its own."""
 
-    def __init__(self, inputs: int, outputs: int, condition: int, groups: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, condition: int, groups: int, dropout: float = 0.0, eps: float = 1e-6
+    ) -> None:
         super().__init__()
-        self.norm_1 = norm(inputs, groups)
+        self.norm_1 = norm(inputs, groups, eps)
         self.conv_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.project = zero(nn.Linear(condition, outputs, bias=False))
-        self.norm_2 = norm(outputs, groups)
+        self.norm_2 = norm(outputs, groups, eps)
         self.dropout = Dropout(dropout)
         self.conv_2 = zero(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
@@ -104,23 +106,25 @@ class ResidualBlock(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v, one head over all positions: (B, positions, E) each."""
+    """softmax(q k^T / sqrt(E)) v over all positions of each head: (B, heads, positions, E) each."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         # There torch's fused kernel takes about three times as long as the two products by themselves.
-        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(1, 2), -1) @ v
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, -1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class AttentionBlock(nn.Module):
-    """One head over all positions, on a residual branch."""
+    """Attention over all positions on a residual branch: ``features`` a head, by default one head of all channels."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, features: int | None = None, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = norm(channels, groups)
+        self.features = features or channels
+        self.norm = norm(channels, groups, eps)
         self.q, self.k, self.v = (nn.Linear(channels, channels) for _ in range(3))
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, positions, channels)
-        h = self.out(attend(self.q(h), self.k(h), self.v(h)))
+        q, k, v = (p.unflatten(-1, (-1, self.features)).transpose(1, 2) for p in (self.q(h), self.k(h), self.v(h)))
+        h = self.out(attend(q, k, v).transpose(1, 2).flatten(2))
         return x + h.transpose(1, 2).reshape(x.shape)

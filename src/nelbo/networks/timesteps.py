@@ -70,12 +70,20 @@ def ddpm_unet(
     attention: Sequence[int] = (16,),
     groups: int = 32,
     dropout: float = 0.0,
+    norm_eps: float = 1e-6,
+    head_features: int | None = None,
+    cosines_first: bool = False,
+    frequency_shift: float = 1.0,
+    downsample_padding: int = 0,
 ) -> DiffusersUNet:
     """DDPM's U-Net for images of ``shape``: ``channels`` times each of ``multipliers`` at halved resolutions,
     ``blocks`` residual blocks a level, attention where the height is one of ``attention``, and in the middle.
 
-    The settings are those of google/ddpm-cifar10-32: with its arguments, 35.7 M parameters. Weights begin as in DDPM's
-    code: Glorot's uniform, and zero where a block or the network ends. Raises ImportError without diffusers.
+    The settings are those of google/ddpm-cifar10-32: with its arguments, 35.7 M parameters. ``head_features`` of
+    attention (one head of all channels); ``cosines_first`` in the embedding of time, whose frequencies are
+    10000^(-j/(c/2 - frequency_shift)); ``downsample_padding``: zeros beyond the end of a map that is halved (0), or on
+    every side (1). Weights begin as in DDPM's code: Glorot's uniform, and zero where a block or the network ends.
+    Raises ImportError without diffusers.
     """
     from diffusers import UNet2DModel
     from diffusers.models.attention_processor import Attention
@@ -89,19 +97,20 @@ def ddpm_unet(
         out_channels=outputs,
         center_input_sample=False,
         time_embedding_type="positional",
-        freq_shift=1,
-        flip_sin_to_cos=False,
+        # A whole number: diffusers' type, and what its published configurations hold.
+        freq_shift=int(frequency_shift) if frequency_shift == int(frequency_shift) else frequency_shift,
+        flip_sin_to_cos=cosines_first,
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
         block_out_channels=tuple(channels * m for m in multipliers),
         layers_per_block=blocks,
         mid_block_scale_factor=1,
-        downsample_padding=0,
+        downsample_padding=downsample_padding,
         dropout=dropout,
         act_fn="silu",
-        attention_head_dim=None,
+        attention_head_dim=head_features,
         norm_num_groups=groups,
-        norm_eps=1e-6,
+        norm_eps=norm_eps,
     )
     parts: list[Any] = list(unet.modules())
     for part in parts:

@@ -33,11 +33,20 @@ class Level(nn.Module):
     """A residual block and, on request, attention after it; recomputed in the backward pass on request."""
 
     def __init__(
-        self, inputs: int, channels: int, condition: int, groups: int, dropout: float, attention: bool, recompute: bool
+        self,
+        inputs: int,
+        channels: int,
+        condition: int,
+        groups: int,
+        dropout: float,
+        attention: bool,
+        recompute: bool,
+        head_features: int | None,
+        eps: float,
     ) -> None:
         super().__init__()
-        self.block = ResidualBlock(inputs, channels, condition, groups, dropout)
-        self.attention = AttentionBlock(channels, groups) if attention else nn.Identity()
+        self.block = ResidualBlock(inputs, channels, condition, groups, dropout, eps)
+        self.attention = AttentionBlock(channels, groups, head_features, eps) if attention else nn.Identity()
         self.recompute = recompute
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
@@ -64,6 +73,8 @@ class Trunk(nn.Module):
         dropout: float = 0.0,
         attention: bool = False,
         recompute: bool = False,
+        head_features: int | None = None,
+        eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.fourier = tuple(fourier)
@@ -73,7 +84,7 @@ class Trunk(nn.Module):
         self.conv_in = nn.Conv2d(image_channels * (1 + 2 * len(self.fourier)), channels, 3, padding=1)
 
         def level(attention: bool) -> Level:
-            return Level(channels, channels, width, groups, dropout, attention, recompute)
+            return Level(channels, channels, width, groups, dropout, attention, recompute, head_features, eps)
 
         self.down = nn.ModuleList(level(attention) for _ in range(levels))
         self.middle = nn.ModuleList((level(True), level(False)))
@@ -104,8 +115,8 @@ class FlatUNet(nn.Module):
 
     Parameters: ``image_channels``; ``channels`` and ``levels`` of the trunk; ``conditioning`` columns beside time;
     ``fourier`` exponents; ``gamma_0, gamma_1``, the constants of equation (1); ``groups`` of the normalisation;
-    ``dropout``; ``attention_everywhere`` (else in the middle only); ``checkpointing``; ``skip``,
-    how often z is added.
+    ``dropout``; ``attention_everywhere`` (else in the middle only); ``checkpointing``; ``head_features`` of attention
+    (one head of all channels); ``eps`` of the normalisation; ``skip``, how often z is added.
     """
 
     def __init__(
@@ -121,6 +132,8 @@ class FlatUNet(nn.Module):
         dropout: float = 0.0,
         attention_everywhere: bool = False,
         checkpointing: bool = False,
+        head_features: int | None = None,
+        eps: float = 1e-6,
         skip: float = 1.0,
     ) -> None:
         super().__init__()
@@ -129,13 +142,15 @@ class FlatUNet(nn.Module):
         width = 4 * channels
         self.trunk = Trunk(
             image_channels, channels, levels, self.time_features(image_channels, channels), conditioning, fourier,
-            groups, dropout, attention_everywhere, checkpointing,
+            groups, dropout, attention_everywhere, checkpointing, head_features, eps,
         )  # fmt: skip
         self.up = nn.ModuleList(
-            Level(2 * channels, channels, width, groups, dropout, attention_everywhere, checkpointing)
+            Level(
+                2 * channels, channels, width, groups, dropout, attention_everywhere, checkpointing, head_features, eps
+            )
             for _ in range(levels + 1)
         )
-        self.norm = norm(channels, groups)
+        self.norm = norm(channels, groups, eps)
         self.conv_out = zero(nn.Conv2d(channels, image_channels, 3, padding=1))
         initialise(self)
 
