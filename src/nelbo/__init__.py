@@ -4,6 +4,7 @@
     terms = nelbo.elbo(model, images)                       # Terms, nats per image
     result = nelbo.likelihood.vlb(model, images)            # BitsPerDim
     images = nelbo.sample(model, 64)
+    nelbo.save_pretrained("runs/demo", "demo")              # to share; nelbo.load("demo"), or a hub id
 
 Images are uint8, (batch, channels, height, width). Importing nelbo imports no torch: parts load where they are used.
 """
@@ -13,7 +14,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["DiffusionModel", "UserError", "build", "ddpm", "elbo", "likelihood", "load", "sample"]
+__all__ = [
+    "DiffusionModel",
+    "UserError",
+    "build",
+    "ddpm",
+    "elbo",
+    "from_pretrained",
+    "likelihood",
+    "load",
+    "push_to_hub",
+    "sample",
+    "save_pretrained",
+]
 
 _HOMES = {
     "DiffusionModel": "nelbo.model",
@@ -21,8 +34,11 @@ _HOMES = {
     "build": "nelbo.api",
     "ddpm": "nelbo.api",
     "elbo": "nelbo.api",
+    "from_pretrained": "nelbo.api",
     "load": "nelbo.api",
+    "push_to_hub": "nelbo.sharing",
     "sample": "nelbo.samplers",
+    "save_pretrained": "nelbo.sharing",
 }
 
 

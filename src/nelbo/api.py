@@ -11,28 +11,44 @@ from nelbo import likelihood, pixels, times
 from nelbo.compose import build_model, table_model
 from nelbo.config import Config
 from nelbo.draws import Draws
+from nelbo.errors import UserError
 from nelbo.model import DiffusionModel, Reverse
 from nelbo.objectives import Terms
 from nelbo.presets import preset
-from nelbo.resolve import resolve
+from nelbo.resolve import find_shared, resolve
 from nelbo.schedules import gammas_of_betas
 
-__all__ = ["build", "ddpm", "elbo", "load"]
+__all__ = ["build", "ddpm", "elbo", "from_pretrained", "load"]
 
 
 def load(
     source: Path | str,
     checkpoint: str | int = "best",
-    weights: str = "ema",
+    weights: str | None = None,
     device: Any = "cpu",
     levels: int | None = None,
+    revision: str | None = None,
 ) -> DiffusionModel:
-    """The trained model of a run, or of a diffusers pipeline's folder or hub id, in evaluation mode.
+    """The trained model of a run, of a shared folder or of a diffusers pipeline's, or of a hub id of either's, in
+    evaluation mode.
 
-    ``levels``: the grey levels that a pipeline's model is to be asked about, 256 by default; a run has its own.
+    ``weights``: ema or raw, by default a run's ema or what is shared; ``levels``: the grey levels that a pipeline's
+    model is to be asked about, 256 by default (others have their own); ``revision`` of a hub id: branch, tag or commit.
     """
-    found = resolve(source, checkpoint, weights)
+    found = resolve(source, checkpoint, weights, revision=revision)
     return found.load(found.levels or levels or 256, device)
+
+
+def from_pretrained(source: Path | str, *, device: Any = "cpu", revision: str | None = None) -> DiffusionModel:
+    """The model that ``save_pretrained`` wrote to a folder, or that a hub id has, in evaluation mode. UserError where
+    it is truncated, changed, of a newer format, or something else; ``revision``: branch, tag or commit on the hub."""
+    shared = find_shared(source, revision)
+    if shared is None:
+        raise UserError(
+            f"{source} is no model that nelbo shared: it has no config.json of library nelbo; nelbo.load takes runs "
+            "and pipelines too"
+        )
+    return shared.model(device)
 
 
 def build(name: str | Config, shape: tuple[int, int, int] | None = None, levels: int | None = None) -> DiffusionModel:

@@ -24,9 +24,9 @@ import numpy as np
 
 from nelbo import checkpoints, metrics, samplers, sampling
 from nelbo.data import Dataset, load
-from nelbo.data.loader import permutation
 from nelbo.data.dataset import SPLITS
 from nelbo.data.files import read_images
+from nelbo.data.loader import permutation
 from nelbo.devices import versions
 from nelbo.errors import UserError
 from nelbo.extractors import Extractor, Features, as_extractor, load_extractor
@@ -34,6 +34,7 @@ from nelbo.metrics import Frechet, Moments, Scores
 from nelbo.model import DiffusionModel
 from nelbo.resolve import INDEX, Source, resolve
 from nelbo.shards import Shards, is_shards, read_shards
+from nelbo.sharing import is_shared
 
 __all__ = [
     "Result",
@@ -281,7 +282,7 @@ def _how(settings: Settings) -> sampling.Settings:
 def _is_images(path: Path) -> bool:
     """Whether a verb's argument is a folder or a file of images, and not a model."""
     if path.is_dir():
-        return not any((path / name).exists() for name in ("run.json", *INDEX))
+        return not is_shared(path) and not any((path / name).exists() for name in ("run.json", *INDEX))
     return path.suffix.lower() in (".npz", ".npy")
 
 

@@ -1,4 +1,4 @@
-"""What a verb's argument names: a run, somebody else's checkpoint on disk, or one on the hub.
+"""What a verb's argument names: a run, a shared model, somebody else's checkpoint; on disk or on the hub.
 
 A foreign checkpoint is read as data: configurations as JSON, weights as safetensors or by torch's weights-only loader.
 It brings a network and a schedule, not a data set, and no training to go on with.
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nelbo import checkpoints
+from nelbo import checkpoints, sharing
 from nelbo.errors import UserError
 
-__all__ = ["Source", "resolve"]
+__all__ = ["Source", "find_shared", "is_hub_id", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,67 @@ class Source:
 def resolve(
     argument: Path | str,
     checkpoint: str | int = "best",
-    weights: str = "ema",
+    weights: str | None = "ema",
     out: Path | None = None,
     parameterization: str | None = None,
+    revision: str | None = None,
 ) -> Source:
     """The source that an argument names; UserError where it names none.
 
-    ``checkpoint`` and ``weights`` (ema, raw) of a run; ``out``: another folder for what is written;
-    ``parameterization``: what a foreign network estimates, where its file does not say.
+    ``checkpoint`` and ``weights`` (ema, raw; None: ema, or what a shared model has) of a run; ``out``: another folder
+    for what is written; ``parameterization``: what a foreign network estimates, where its file does not say;
+    ``revision`` of a hub id: a branch, tag or commit.
     """
-    path = Path(argument)
+    path, folder = Path(argument), _folder(argument, revision)
     if (path / "run.json").is_file():
-        return _run(path, checkpoint, weights, out)
-    if path.is_dir() and any((path / name).is_file() for name in INDEX):
-        return _pipeline(str(argument), path, out)
+        return _run(path, checkpoint, weights or "ema", out)
+    if sharing.is_shared(folder):
+        return _shared(sharing.read(folder, str(argument)), checkpoint, weights, out)
+    if folder != path or any((path / name).is_file() for name in INDEX):
+        return _pipeline(str(argument), folder, out)
     if path.suffix == ".pt" and path.is_file():
-        return _trainer(path, weights, out, parameterization)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(argument)) and not path.parent.is_dir():
-        return _pipeline(str(argument), _from_hub(str(argument)), out)
+        return _trainer(path, weights or "ema", out, parameterization)
     checkpoints.read_run(path)  # says what is wrong
     raise AssertionError(path)
+
+
+def is_hub_id(argument: Path | str) -> bool:
+    """Whether an argument is OWNER/NAME, and nothing on disk."""
+    path = Path(argument)
+    return not path.exists() and not path.parent.is_dir() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(argument)))
+
+
+def find_shared(argument: Path | str, revision: str | None = None) -> sharing.Shared | None:
+    """The shared model that an argument names, on disk or on the hub; None where it names something else."""
+    folder = _folder(argument, revision)
+    return sharing.read(folder, str(argument)) if sharing.is_shared(folder) else None
+
+
+def _folder(argument: Path | str, revision: str | None) -> Path:
+    if is_hub_id(argument):
+        return _from_hub(str(argument), revision)
+    if revision is not None:
+        raise UserError(f"revision = {revision!r} belongs to a hub id OWNER/NAME, and {argument} is none")
+    return Path(argument)
+
+
+def _shared(shared: sharing.Shared, checkpoint: str | int, weights: str | None, out: Path | None) -> Source:
+    """A shared model has one step and one set of weights: it is its best and its last."""
+    record, name = shared.record, shared.name
+    if weights not in (None, shared.weights):
+        raise UserError(f"{name} is a shared model of {shared.weights} weights alone: give those, not {weights}")
+    if str(checkpoint) not in ("best", "last", str(shared.step)):
+        raise UserError(f"{name} is a shared model of step {shared.step} alone, and has no checkpoint {checkpoint}")
+    data, config = record["data"], record["config"]
+
+    def load(levels: int, device: Any, shape: tuple[int, ...] | None = None) -> Any:
+        return shared.model(device)
+
+    return Source(
+        name=name, kind="nelbo", folder=out or Path("evaluations") / Path(name).resolve().name,
+        shape=tuple(data["shape"]), levels=data["levels"], data=config["data"]["source"], step=shared.step,
+        steps=config["objective"]["steps"], identity=[shared.sha256], load=load,
+    )  # fmt: skip
 
 
 def _run(run: Path, checkpoint: str | int, weights: str, out: Path | None) -> Source:
@@ -88,21 +129,21 @@ VARIANCES = {
 }  # fmt: skip
 
 
-def _from_hub(name: str) -> Path:
-    """The files of a hub repository that a pipeline needs, in the hub's own cache."""
+def _from_hub(name: str, revision: str | None = None) -> Path:
+    """The files of a hub repository that a model needs, in the hub's own cache."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(f"no such run: {name}; to fetch it from the hub: pip install 'nelbo[ddpm]'") from None
     try:
         patterns = ["*.json", "*.safetensors", "*.bin"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # that library's errors share no base but this
         lost = "the hub cannot be reached, and its files are not in the cache"
         reason = lost if type(error).__name__ == "LocalEntryNotFoundError" else " ".join(str(error).split())[:200]
         raise UserError(
-            f"no such run: {name}; nor could it be had from the hub: {reason}; give a run, a pipeline's folder, or the "
-            "id of one that can be fetched"
+            f"no such run: {name}; nor could it be had from the hub: {reason}; give a run, a shared model or a "
+            "pipeline, its folder or the id of one that can be fetched"
         ) from None
 
 

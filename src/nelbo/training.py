@@ -36,6 +36,7 @@ from nelbo.memory import memory_estimate
 from nelbo.model import DiffusionModel
 from nelbo.objectives import Terms, Weighting
 from nelbo.optimizers import learning_rate_factor, parameter_groups, update_ema
+from nelbo.resolve import find_shared, is_hub_id
 from nelbo.stopping import Stopped, listen
 
 __all__ = ["train"]
@@ -177,6 +178,20 @@ class Trainer:
             self.step, self.seconds = checkpoint.step, float(checkpoint.meta["seconds"])
             self.best = checkpoint.meta["best"]
             self.window |= checkpoint.meta.get("window", {})
+
+    def begin_from(self, source: Path | str, optimizer: bool) -> None:
+        """The weights of a run, a checkpoint folder or a shared model; on request the moments of the first two."""
+        shared = find_shared(source)
+        if shared is None:
+            self.restore(checkpoints.find_checkpoint(source), optimizer=optimizer, progress=False)
+            return
+        if optimizer:
+            raise UserError(
+                f"--init-optimizer needs a run or a checkpoint folder: {source} is a shared model of weights"
+            )
+        tensors = shared.tensors()
+        for model in (self.model, self.ema):
+            checkpoints.load_weights(model, tensors, Path(shared.name))
 
     def description(self) -> dict[str, Any]:
         """What run.json says of the data and the model."""
@@ -336,6 +351,11 @@ class Trainer:
         pictures.save_samples(self.run / "samples" / checkpoints.checkpoint_name(self.step), drawn, self.data.levels)
 
 
+def _origin(source: Path | str) -> str:
+    """What --init-from names, whatever the working directory."""
+    return str(source) if is_hub_id(source) else str(Path(source).resolve())
+
+
 def _check_same(config: Config, data: Dataset, init: dict[str, Any] | None, run: Path, record: dict[str, Any]) -> None:
     """Refuse, by name, a change that would alter the trajectory of a run that is continued."""
     refuse_changes(record["config"], config, str(run))
@@ -374,14 +394,15 @@ def train(
 ) -> Path:
     """Train, or continue, the run in folder ``run`` until training.steps; returns the folder.
 
-    ``init_from``: a run or a checkpoint folder whose weights a new run starts from, with ``init_optimizer`` its moments
-    too. ``say`` gets lines for people; ``show(step, bits/dim, images/s)`` is called at the start and after every step,
-    with means over the last ones. Raises ``Stopped`` where a signal asked for it.
+    ``init_from``: a run, a checkpoint folder or a shared model (its folder or hub id) whose weights a new run starts
+    from, with ``init_optimizer`` the moments of the first two. ``say`` gets lines for people; ``show(step, bits/dim,
+    images/s)`` is called at the start and after every step, with means over the last ones. Raises ``Stopped`` where a
+    signal asked for it.
     """
     run, training = Path(run), config.training
     record, kept = _read_folder(run), checkpoints.list_checkpoints(run)
     data = load(config.data.source)
-    init = None if init_from is None else {"from": str(Path(init_from).resolve()), "optimizer": init_optimizer}
+    init = None if init_from is None else {"from": _origin(init_from), "optimizer": init_optimizer}
     if record is not None:
         _check_same(config, data, init, run, record)
     if kept and (step := checkpoints.read_checkpoint(run).step) >= training.steps:
@@ -389,7 +410,7 @@ def train(
         return run
     trainer = Trainer(config, run, data)
     if init_from is not None and not kept:
-        trainer.restore(checkpoints.find_checkpoint(init_from), optimizer=init_optimizer, progress=False)
+        trainer.begin_from(init_from, init_optimizer)
     trainer.accelerator.wait_for_everyone()  # all have read the folder before it changes
     main = trainer.accelerator.is_main_process
     if record is None:
