@@ -1,7 +1,4 @@
-"""Reading reference cases: the public implementations' names and layouts, translated into nelbo's.
-
-The public code is written in flax: images (B, H, W, C), convolution kernels (H, W, in, out), dense kernels (in, out),
-and per-pixel schedules as vectors whose entry (h W + w) C + c belongs to row h, column w, channel c. Sizes are read off
+"""Reading reference cases. Names and layouts are translated by ``nelbo.convert.flax_checkpoints``; sizes are read off
 the arrays. `tests/reference/README.md` lists the cases.
 """
 
@@ -17,73 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from nelbo import schedules
+from nelbo.convert.flax_checkpoints import (
+    FOURIER,
+    GROUPS,
+    in_our_order,
+    network_names,
+    schedule_names,
+    state_of,
+    unet_sizes,
+)
 from nelbo.networks import CNNEncoder, FlatUNet, PixelNoiseUNet, UNetEncoder
 from nelbo.parameterizations import velocity_from_epsilon
 
 __all__ = [
-    "GROUPS",
     "Case",
     "Comparison",
     "VelocityFromEpsilon",
     "build_encoder",
     "build_network",
     "build_schedule",
-    "channels_first",
-    "layer_names",
     "load",
-    "network_names",
-    "schedule_names",
-    "unflatten",
     "without_gradient",
 ]
 
-GROUPS = 32  # of every flax GroupNorm here
-
-LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-BLOCK = {
-    "GroupNorm_0": "norm_1",
-    "conv1": "conv_1",
-    "cond_proj": "project",
-    "GroupNorm_1": "norm_2",
-    "conv2": "conv_2",
-    "nin_shortcut": "shortcut",
-}
-ATTENTION = {"GroupNorm_0": "norm", "q": "q", "k": "k", "v": "v", "proj_out": "out"}
-NETWORK = {
-    "dense0": "trunk.dense_0",
-    "dense1": "trunk.dense_1",
-    "conv_in": "trunk.conv_in",
-    "GroupNorm_0": "norm",
-    "conv_out": "conv_out",
-    "dense_layer_final": "heads.0",
-    "dense_layer_final_mu": "heads.0",
-    "dense_layer_final_sigma": "heads.1",
-    "CONV1": "conv_1",
-    "CONV2": "conv_2",
-    "DENSE": "heads.0",
-}
-SCHEDULE = {
-    "dense_1": "dense_1",
-    "dense_2": "dense_2",
-    "dense_out_a": "head_a",
-    "dense_out_b": "head_b",
-    "dense_out_c": "head_d",
-    "l1": "l1",
-    "l2": "l2",
-    "l_int": "l_int",
-    "l3": "l3",
-}
 Parameters = dict[str, Tensor]
-
-
-def channels_first(a: Tensor) -> Tensor:
-    """(*, H, W, C) -> (*, C, H, W)."""
-    return a.movedim(-1, -3).contiguous()
-
-
-def unflatten(a: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """(*, H W C) -> (*, C, H, W) for images of ``shape`` (C, H, W)."""
-    return channels_first(a.reshape(*a.shape[:-1], *shape[1:], shape[0]))
 
 
 class Case:
@@ -216,36 +170,6 @@ class VelocityFromEpsilon(nn.Module):
         return velocity_from_epsilon(z, gamma, self.network(z, gamma, conditioning))
 
 
-def layer_names(parameters: Iterable[str], table: dict[str, str]) -> dict[str, str]:
-    """flax name -> nelbo name of a layer's parameters."""
-    return {name: f"{table[name.split('/')[0]]}.{LEAF[name.split('/')[1]]}" for name in parameters}
-
-
-def network_names(parameters: Iterable[str]) -> dict[str, str]:
-    """flax name -> nelbo name of a denoiser's or an encoder's parameters."""
-    names = {}
-    for name in parameters:
-        first, *rest, leaf = name.split("/")
-        if level := re.fullmatch(r"(down|mid|up)\.(block|attn)_(\d+)", first):
-            part, kind, number = level[1], level[2], int(level[3])
-            place = {"down": f"trunk.down.{number}", "mid": f"trunk.middle.{number - 1}", "up": f"up.{number}"}[part]
-            own = f"block.{BLOCK[rest[0]]}" if kind == "block" else f"attention.{ATTENTION[rest[0]]}"
-            # mid.attn_1 stands between mid.block_1 and mid.block_2: it is the attention of our first level.
-            names[name] = f"{place}.{own}.{LEAF[leaf]}"
-        else:
-            names[name] = f"{NETWORK[first]}.{LEAF[leaf]}"
-    return names
-
-
-def schedule_names(parameters: Iterable[str]) -> dict[str, str]:
-    """flax name -> nelbo name of a schedule's parameters."""
-    scalar = {"w": "slope", "b": "start"}
-    return {
-        name: scalar.get(name) or f"interior.{next(iter(layer_names([name], SCHEDULE).values()))}"
-        for name in parameters
-    }
-
-
 def without_gradient(parameters: Iterable[str], alone: bool, pixelwise: bool = False, whole: bool = True) -> set[str]:
     """Parameters (flax names) whose gradient is zero in exact arithmetic: what is recorded there is rounding noise.
 
@@ -269,43 +193,25 @@ def without_gradient(parameters: Iterable[str], alone: bool, pixelwise: bool = F
 
 def load(module: nn.Module, parameters: Parameters, names: dict[str, str]) -> None:
     """Put recorded parameters into a module; on both sides, every parameter must have its partner."""
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    state = {}
-    for theirs, array in parameters.items():
-        if array.ndim == 4:
-            array = array.permute(3, 2, 0, 1)
-        elif array.ndim == 2:
-            array = array.T.reshape(shapes[names[theirs]])  # the shortcut is a 1x1 convolution
-        state[names[theirs]] = array
-    module.load_state_dict(state)
-
-
-def _levels(parameters: Parameters) -> int:
-    return len({name.split("/")[0] for name in parameters if name.startswith("down.block_")})
-
-
-def _attention(parameters: Parameters) -> bool:
-    return any(re.match(r"(down|up)\.attn_", name) for name in parameters)
-
-
-def _fourier(parameters: Parameters, image_channels: int) -> tuple[float, ...]:
-    return (6.0, 7.0) if parameters["conv_in/kernel"].shape[2] > image_channels else ()
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    module.load_state_dict(state_of(parameters, names, shapes))
 
 
 def build_network(parameters: Parameters, config: dict[str, Any], pixelwise: bool) -> FlatUNet:
     """The denoiser that has these parameters (flax names)."""
-    image_channels, channels = parameters["conv_out/kernel"].shape[-1], parameters["conv_in/kernel"].shape[-1]
+    image_channels = parameters["conv_out/kernel"].shape[-1]
+    sizes = unet_sizes(parameters, image_channels)
     cls = PixelNoiseUNet if pixelwise else FlatUNet
     network = cls(
         image_channels,
-        channels,
-        _levels(parameters),
-        parameters["dense0/kernel"].shape[0] - cls.time_features(image_channels, channels),
-        _fourier(parameters, image_channels),
+        sizes.channels,
+        sizes.levels,
+        sizes.columns - cls.time_features(image_channels, sizes.channels),
+        FOURIER[: sizes.fourier],
         config["gamma_min"],
         config["gamma_max"],
         groups=GROUPS,
-        attention_everywhere=_attention(parameters),
+        attention_everywhere=sizes.everywhere,
     )
     load(network, parameters, network_names(parameters))
     return network
@@ -314,22 +220,21 @@ def build_network(parameters: Parameters, config: dict[str, Any], pixelwise: boo
 def build_encoder(parameters: Parameters, shape: tuple[int, int, int]) -> CNNEncoder | UNetEncoder:
     """The encoder of images of ``shape`` (C, H, W) that has these parameters (flax names)."""
     encoder: CNNEncoder | UNetEncoder
+    parameters = in_our_order(parameters, shape)
     if "CONV1/kernel" in parameters:
-        kernel = parameters["DENSE/kernel"]
-        encoder = CNNEncoder(shape, kernel.shape[1])
-        flat = unflatten(kernel.T, (len(kernel) // (shape[1] * shape[2]), *shape[1:])).flatten(1)
-        parameters = parameters | {"DENSE/kernel": flat.T}
+        encoder = CNNEncoder(shape, parameters["DENSE/kernel"].shape[1])
     else:
         heads = [array for name, array in parameters.items() if re.match(r"dense_layer_final.*/bias", name)]
+        sizes = unet_sizes(parameters, shape[0])
         encoder = UNetEncoder(
             shape,
             len(heads[0]),
             len(heads),
-            channels=parameters["conv_in/kernel"].shape[-1],
-            levels=_levels(parameters),
-            fourier=_fourier(parameters, shape[0]),
+            channels=sizes.channels,
+            levels=sizes.levels,
+            fourier=FOURIER[: sizes.fourier],
             groups=GROUPS,
-            attention_everywhere=_attention(parameters),
+            attention_everywhere=sizes.everywhere,
         )
     load(encoder, parameters, network_names(parameters))
     return encoder
@@ -338,11 +243,7 @@ def build_encoder(parameters: Parameters, shape: tuple[int, int, int]) -> CNNEnc
 def build_schedule(parameters: Parameters, config: dict[str, Any], shape: tuple[int, int, int]) -> schedules.Schedule:
     """The schedule of images of ``shape`` (C, H, W) that has these parameters (flax names)."""
     ends = config["gamma_min"], config["gamma_max"]
-    if "l_int/kernel" in parameters or "dense_out_a/kernel" in parameters:
-        parameters = {
-            name: unflatten(array, shape).flatten(-3) if re.match("dense_out_|l3/", name) else array
-            for name, array in parameters.items()
-        }
+    parameters = in_our_order(parameters, shape)
     if "dense_out_a/kernel" in parameters:
         condition, width = parameters["dense_1/kernel"].shape
         schedule = schedules.Schedule(schedules.Polynomial(shape, condition, width), *ends)

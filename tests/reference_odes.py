@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nelbo import latents, ode, pixels
+from nelbo.convert.flax_checkpoints import channels_first
 from nelbo.flow import Flow, log_prior
 from nelbo.model import DiffusionModel
 from nelbo.parameterizations import Noise, Velocity
@@ -27,7 +28,6 @@ from reference_cases import (
     build_encoder,
     build_network,
     build_schedule,
-    channels_first,
 )
 
 __all__ = ["drift", "ode_likelihood"]

@@ -20,26 +20,28 @@ from torch import Tensor, nn
 import reference_odes
 from nelbo import latents, objectives, optimizers, pixels, samplers, times
 from nelbo.config import OptimizerConfig
+from nelbo.convert.flax_checkpoints import (
+    ATTENTION,
+    BLOCK,
+    GROUPS,
+    channels_first,
+    layer_names,
+    network_names,
+    schedule_names,
+    unflatten,
+)
 from nelbo.model import DiffusionModel
 from nelbo.networks.layers import AttentionBlock, ResidualBlock, fourier_features, norm
 from nelbo.parameterizations import PARAMETERIZATIONS
 from nelbo.paths import VariancePreserving
 from reference_cases import (
-    ATTENTION,
-    BLOCK,
-    GROUPS,
     Case,
     Comparison,
     VelocityFromEpsilon,
     build_encoder,
     build_network,
     build_schedule,
-    channels_first,
-    layer_names,
     load,
-    network_names,
-    schedule_names,
-    unflatten,
     without_gradient,
 )
 

@@ -1,7 +1,8 @@
 """Other programs' checkpoints, read as data, into runs of nelbo; and a run's network into a folder of diffusers.
 
 A converter is a function (source, base) -> Converted. ``base`` is the configuration of a preset: what a checkpoint does
-not say comes from it, what its shapes say replaces it, and both are told. Reading never executes code.
+not say comes from it, what its shapes say replaces it, and both are told. One that cannot know the size of the images
+takes ``images`` too, what the user said of it. Reading never executes code.
 """
 
 import importlib
@@ -15,7 +16,15 @@ from nelbo import checkpoints
 from nelbo.config import Config, to_dict
 from nelbo.errors import UserError
 
-__all__ = ["CONVERTERS", "Converted", "converter", "write_run"]
+__all__ = ["CONVERTERS", "Converted", "Images", "converter", "known_images", "write_run"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the user says of the images: height and width, and grey levels; None where nothing is said."""
+
+    size: tuple[int, int] | None = None
+    levels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,22 @@ def write_run(converted: Converted, out: Path, preset: str = "") -> Path:
     return out
 
 
+def known_images(base: Config) -> tuple[tuple[int, int, int], int] | None:
+    """Shape (C, H, W) and grey levels of the data set that a configuration names, where it is known or is a file here.
+
+    Named sets are not loaded: they need not be on this machine.
+    """
+    source = base.data.source
+    if source in DATA:
+        return DATA[source]
+    if not Path(source).expanduser().exists():
+        return None
+    from nelbo.data import load
+
+    data = load(source)
+    return data.shape, data.levels
+
+
 def converter(kind: str) -> Callable[[Path, Config], Converted]:
     """The converter of that kind; its module, and what that needs, is loaded now."""
     if kind not in CONVERTERS:
@@ -94,6 +119,15 @@ def converter(kind: str) -> Callable[[Path, Config], Converted]:
     return found
 
 
+DATA = {
+    "digits": ((1, 8, 8), 17),
+    "photos32": ((3, 32, 32), 256),
+    "fashion-mnist": ((1, 28, 28), 256),
+    "cifar10": ((3, 32, 32), 256),
+    "imagenet32-old": ((3, 32, 32), 256),
+    "imagenet32-new": ((3, 32, 32), 256),
+    "imagenet64": ((3, 64, 64), 256),
+}
 CONVERTERS = {
     "mulan": "flax_checkpoints:mulan",
     "idode": "flax_checkpoints:idode",
