@@ -36,7 +36,7 @@ class Train:
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved configuration and stop."""
     init_from: Path | None = None
-    """A run or a checkpoint folder from whose weights a new run starts."""
+    """A run, a checkpoint folder or a shared model (folder or hub id) from whose weights a new run starts."""
     init_optimizer: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """With --init-from: take over the optimizer's moments too."""
     threads: int | None = None
@@ -52,8 +52,8 @@ class Evaluate:
     """The bound of a run, or its likelihood by ODE, in bits per dimension; writes RUN/evaluations/*.json."""
 
     run: Run
-    """A run folder; or, with --data, a diffusers pipeline of a DDPM, its folder or hub id, or a trainer's .pt file of
-    denoising-diffusion-pytorch."""
+    """A run folder; or a shared model, its folder or hub id; or, with --data, a diffusers pipeline of a DDPM, its
+    folder or hub id, or a trainer's .pt file of denoising-diffusion-pytorch."""
     method: Literal["vlb", "ode"] = "vlb"
     """vlb: the variational bound; ode: the likelihood by the probability flow (killed, the same command goes on)."""
     checkpoint: str = "best"
@@ -123,7 +123,7 @@ class Sample:
     """Draw images from a run: RUN/samples/NAME.npz and .png, and the denoising trajectory as a strip."""
 
     run: Run
-    """A run folder; or a diffusers pipeline of a DDPM, its folder or hub id."""
+    """A run folder; or a shared model or a diffusers pipeline of a DDPM, its folder or hub id."""
     count: int = 64
     """Images."""
     method: Literal["ancestral", "ddim", "ode"] = "ancestral"
@@ -181,8 +181,8 @@ class Fid:
     writes RUN/evaluations/fid-*.json."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER|NPZ")]
-    """A run, of which samples are drawn now; or images: a folder of image files, or a .npz or .npy file or folder
-    of shards such as `nelbo sample` writes."""
+    """A run or a shared model, of which samples are drawn now; or images: a folder of image files, or a .npz or .npy
+    file or folder of shards such as `nelbo sample` writes."""
     reference: str = "train"
     """train, validation or test, a split of the data set; a file or folder of images; or a file of --statistics.
     Published figures are against the training split."""
@@ -246,6 +246,29 @@ class Report:
     """The page. By default report.html in the first run."""
     checkpoint: str = "best"
     """best, last or a step."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A run's model as a folder to share, with a model card of its evaluations and samples; with --push also on the
+    hub. `nelbo.load`, and every verb that takes a RUN, takes the folder or the hub id."""
+
+    run: Run
+    """A run folder."""
+    out: Path | None = None
+    """The folder: new, empty, or one that a model of this run was shared in before."""
+    checkpoint: str = "best"
+    """best, last or a step."""
+    weights: Weights = "ema"
+    """The moving average of the weights, or the raw ones."""
+    license: str | None = None
+    """The hub's identifier of a license, such as mit; none by default."""
+    draw: int = 0
+    """Samples to draw for the picture, where the run has none of these weights."""
+    push: str | None = None
+    """Upload the folder to the hub as OWNER/NAME, with the login of `hf auth login` or HF_TOKEN."""
+    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """--push: make the repository private."""
 
 
 def _set_threads(threads: int | None) -> None:
@@ -501,6 +524,27 @@ def _report(command: Report) -> None:
     print(f"written: {page}")
 
 
+def _share(command: Share) -> None:
+    from nelbo import sharing
+
+    if command.out is None:
+        raise UserError("share needs --out FOLDER, where the model is written")
+    if command.private and command.push is None:
+        raise UserError("--private belongs to --push OWNER/NAME, and there is none")
+    sharing.save_pretrained(
+        command.run,
+        command.out,
+        command.checkpoint,
+        command.weights,
+        license=command.license,
+        repo=command.push,
+        draw=command.draw,
+        say=print,
+    )
+    if command.push is not None:
+        print(f"pushed: {sharing.push_to_hub(command.out, command.push, command.private)}")
+
+
 def _presets() -> None:
     width = max(map(len, presets.PRESETS))
     for name, function in presets.PRESETS.items():
@@ -520,6 +564,7 @@ def _help() -> str:
             "  nelbo sample RUN --count N                 images: .npz and a .png grid; in shards; --interpolate A B",
             "  nelbo fid RUN|FOLDER|NPZ                   Fréchet inception distance and inception score of samples",
             "  nelbo report RUN [RUN ...]                 one self-contained HTML page",
+            "  nelbo share RUN --out FOLDER [--push ID]   a model to share: weights, configuration, card; on the hub",
             "",
             "`nelbo VERB --help` explains every option; `nelbo train PRESET --help` every field with its default.",
         ]
@@ -531,6 +576,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "sample": (Sample, _sample),
     "fid": (Fid, _fid),
     "report": (Report, _report),
+    "share": (Share, _share),
 }
 
 

@@ -167,6 +167,8 @@ def save_pretrained(
         raise UserError(f"license must be an identifier of the hub's, such as mit or apache-2.0, got {license!r}")
     if repo is not None:
         _check_repo(repo)
+    if draw < 0:
+        raise UserError(f"draw must be 0 samples or more, got {draw}")
     if weights not in checkpoints.WEIGHTS:
         raise UserError(f"weights must be one of {', '.join(checkpoints.WEIGHTS)}, got {weights!r}")
     record, found = checkpoints.read_run(run), checkpoints.read_checkpoint(run, checkpoint)
@@ -216,6 +218,7 @@ def _description(
         "samples": None if samples is None else {"shown": samples.shown, "drawn": samples.name},
         "files": {WEIGHTS: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
         "versions": found.meta.get("versions", {}),
+        "converted": (record.get("converted") or {}).get("program"),
         "shared_by": f"nelbo {nelbo.__version__}",
         "created": record.get("created"),
     }
@@ -490,10 +493,12 @@ def _summary(record: dict[str, Any]) -> str:
     parameters = f" {record['parameters']:,} parameters;" if record["parameters"] else ""
     seen = f" ({record['images']:,} images)" if record["images"] else ""
     average = {"ema": "moving average of the weights", "raw": "raw weights"}[record["weights"]]
+    origin = f"trained for likelihood with nelbo{f' (preset `{preset}`)' if preset else ''} on {data['name']}"
+    if record["converted"]:
+        origin = f"read by nelbo from a checkpoint of {record['converted']}"
     return (
-        f"A diffusion model of images of {shape} (channels, height, width) with {data['levels']} levels, trained for "
-        f"likelihood with nelbo{f' (preset `{preset}`)' if preset else ''} on {data['name']}.{parameters} the "
-        f"{average} after step {record['step']:,}{seen}."
+        f"A diffusion model of images of {shape} (channels, height, width) with {data['levels']} levels, {origin}."
+        f"{parameters} the {average} after step {record['step']:,}{seen}."
     )
 
 
@@ -531,11 +536,10 @@ def _likelihood(figures: list[Any], source: str) -> str:
 
     rows = []
     for e in figures:
-        kind, whole = "upper bound" if e.is_bound else "estimate", f"{e.images} of {e.split_images}"
-        where = f"{e.data[0]} (version `{e.data[1]}`) | {e.split} | {whole}"
-        rows.append(f"| {figure(e.value)} | {kind} | {where} | {provenance(e)} |")
+        kind, images = "upper bound" if e.is_bound else "estimate", f"{e.images} of {e.split_images} of {e.split}"
+        rows.append(f"| {figure(e.value)} | {kind} | {images} | {provenance(e)} |")
         if e.published is not None:
-            rows.append(f"| {figure(e.published)} | as published, {NOT_A_BOUND} | {where} | the same |")
+            rows.append(f"| {figure(e.published)} | as published, {NOT_A_BOUND} | {images} | the same |")
     return "\n".join(
         [
             "## Likelihood",
@@ -543,8 +547,8 @@ def _likelihood(figures: list[Any], source: str) -> str:
             "Bits per dimension: lower is better. ± is one standard error over the images, and contains the noise of "
             "the draws.",
             "",
-            "| bits/dim | which is | data | split | images | how it was measured |",
-            "|---|---|---|---|---|---|",
+            "| bits/dim | which is | images | how it was measured |",
+            "|---|---|---|---|",
             *rows,
         ]
     )
