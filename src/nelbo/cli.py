@@ -4,6 +4,7 @@ A mistake of the user's gets one line on stderr and exit status 2. Heavy librari
 """
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import nelbo
 from nelbo import presets
 from nelbo.arguments import parse
 from nelbo.config import Config, to_dict
+from nelbo.convert import CONVERTERS, DEFAULT_PRESETS
 from nelbo.errors import UserError
 from nelbo.process import choose_waiting, keep_memory
 from nelbo.stopping import Stopped
@@ -269,6 +271,26 @@ class Share:
     """Upload the folder to the hub as OWNER/NAME, with the login of `hf auth login` or HF_TOKEN."""
     private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """--push: make the repository private."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Somebody else's checkpoint as a run. Sizes are read off its shapes; what it does not say comes from a preset, and
+    from flags that override single fields of it."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """The file; for mulan, idode and vdm also a folder, whose ckpt-N.flax with the largest N is taken."""
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    program: Annotated[str, tyro.conf.arg(name="from", metavar="|".join(CONVERTERS))]
+    """The program that wrote it."""
+    preset: str = ""
+    """The preset that says what the checkpoint does not: path, parameterization, objective, ends of gamma, data ..."""
+    out: Path | None = None
+    """Folder of the run: new, or empty."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images, where neither the checkpoint nor the preset's data set tells them."""
+    levels: int | None = None
+    """Grey levels of the images. By default those of the preset's data set where its images fit, otherwise 256."""
 
 
 def _set_threads(threads: int | None) -> None:
@@ -545,6 +567,71 @@ def _share(command: Share) -> None:
         print(f"pushed: {sharing.push_to_hub(command.out, command.push, command.private)}")
 
 
+def _convert(command: Convert) -> None:
+    from nelbo import checkpoints, convert
+
+    if command.out is None:
+        raise UserError("convert needs --out RUN, the folder of the run")
+    read = convert.converter(command.program)
+    said = convert.Images(command.size, command.levels)
+    if "images" in inspect.signature(read).parameters:
+        found = read(command.source, command.config, images=said)  # type: ignore[call-arg]
+    elif said != convert.Images():
+        raise UserError(f"--size and --levels do not go with --from {command.program}, whose files say them")
+    else:
+        found = read(command.source, command.config)
+    run = convert.write_run(found, command.out, command.preset)
+    print(f"preset {command.preset}")
+    for note in found.notes:
+        print(note)
+    record = checkpoints.read_run(run)
+    counts = ", ".join(f"{name} {count:,}" for name, count in record["parameters_by_part"].items())
+    print(f"{record['parameters']:,} parameters ({counts}), step {found.step}")
+    print(f"written: {run}")
+    moments = " --init-optimizer" * (found.optimizer is not None)
+    changed = " ".join(_changes(presets.preset(command.preset), found.config))
+    print(f"to train on: nelbo train {command.preset} --init-from {run}{moments} --out ... {changed}".rstrip())
+
+
+def _changes(base: Config, config: Config) -> list[str]:
+    """The flags that turn one configuration into another."""
+    before, after = to_dict(base), to_dict(config)
+    found: list[str] = []
+    for group, values in after.items():
+        for name, value in values.items() if isinstance(values, dict) else (("", values),):
+            if value != (before[group][name] if name else before[group]):
+                flag = "--" + (f"{group}.{name}" if name else group).replace("_", "-")
+                found += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return found
+
+
+def _convert_arguments(arguments: list[str]) -> Convert:
+    """The arguments of ``convert``; the preset that they name is the default of every field."""
+    import argparse
+
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--from", dest="program")
+    early.add_argument("--preset")
+    try:
+        given, rest = early.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see `nelbo convert --help`") from None
+    if {"-h", "--help"} & set(arguments):
+        print("usage: nelbo convert SOURCE --from KIND --out RUN [--preset NAME] [--field value]\n")
+        given.preset = given.preset or "vdm-cifar10"
+    elif given.program not in CONVERTERS:
+        raise UserError(f"--from must be one of {', '.join(CONVERTERS)}, got {given.program or 'nothing'}")
+    name = given.preset or DEFAULT_PRESETS.get(given.program)
+    if name is None:
+        raise UserError(
+            f"--preset is needed for --from {given.program}, whose checkpoints do not say what the network estimates; "
+            f"the choices are {', '.join(n for n in presets.PRESETS if n.startswith(given.program))}"
+        )
+    program = given.program or tyro.MISSING
+    default = Convert(source=tyro.MISSING, config=presets.preset(name), program=program, preset=name)
+    return parse(Convert, rest, "convert", default)
+
+
 def _presets() -> None:
     width = max(map(len, presets.PRESETS))
     for name, function in presets.PRESETS.items():
@@ -564,6 +651,7 @@ def _help() -> str:
             "  nelbo sample RUN --count N                 images: .npz and a .png grid; in shards; --interpolate A B",
             "  nelbo fid RUN|FOLDER|NPZ                   Fréchet inception distance and inception score of samples",
             "  nelbo report RUN [RUN ...]                 one self-contained HTML page",
+            "  nelbo convert SOURCE --from KIND --out RUN  somebody else's checkpoint as a run",
             "  nelbo share RUN --out FOLDER [--push ID]   a model to share: weights, configuration, card; on the hub",
             "",
             "`nelbo VERB --help` explains every option; `nelbo train PRESET --help` every field with its default.",
@@ -600,11 +688,13 @@ def run(arguments: list[str]) -> None:
         name, *rest = rest
         default = Train(config=presets.preset(name))
         _train(parse(Train, rest, f"train {name}", default), name)
+    elif verb == "convert":
+        _convert(_convert_arguments(rest))
     elif verb in VERBS:
         cls, carry_out = VERBS[verb]
         carry_out(parse(cls, rest, verb))
     else:
-        raise UserError(f"unknown verb {verb!r}; the choices are presets, train, {', '.join(VERBS)}")
+        raise UserError(f"unknown verb {verb!r}; the choices are presets, train, convert, {', '.join(VERBS)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -281,14 +281,14 @@ class Config:
 
 TIMESTEPS = ("ddpm", "attention")  # the kinds of network that are told a timestep
 POSITIVE = (
-    "schedule.width latent.size latent.k encoder.levels encoder.channels network.channels network.groups "
+    "schedule.width latent.size latent.k encoder.channels network.channels network.groups "
     "objective.prior_scale optimizer.learning_rate optimizer.schedule_learning_rate optimizer.eps training.steps "
     "training.batch training.accumulate training.log_every training.evaluate_images training.evaluate_times "
     "training.keep training.fid_samples training.fid_steps network.blocks objective.min_snr objective.hybrid "
     "network.norm_eps network.first_channels objective.p2_k"
 ).split()
 NOT_NEGATIVE = (
-    "network.levels objective.steps objective.latent_weight objective.p2_gamma objective.second_order "
+    "network.levels encoder.levels objective.steps objective.latent_weight objective.p2_gamma objective.second_order "
     "optimizer.weight_decay optimizer.warmup optimizer.clip training.seed training.evaluate_every "
     "network.frequency_shift training.sample_every training.save_every training.fid_every"
 ).split()

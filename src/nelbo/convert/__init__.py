@@ -16,7 +16,7 @@ from nelbo import checkpoints
 from nelbo.config import Config, to_dict
 from nelbo.errors import UserError
 
-__all__ = ["CONVERTERS", "Converted", "Images", "converter", "known_images", "write_run"]
+__all__ = ["CONVERTERS", "DEFAULT_PRESETS", "Converted", "Images", "converter", "known_images", "write_run"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,13 @@ DATA = {
     "imagenet32-old": ((3, 32, 32), 256),
     "imagenet32-new": ((3, 32, 32), 256),
     "imagenet64": ((3, 64, 64), 256),
+}
+# Where a file leaves no choice that matters. MuLAN's and i-DODE's do not say whether they estimate noise or velocity.
+DEFAULT_PRESETS = {
+    "vdm": "vdm-cifar10",
+    "addtt": "ddpm-cifar10",
+    "denoising-diffusion-pytorch": "ddpm-cifar10",
+    "diffusers": "ddpm-cifar10",
 }
 CONVERTERS = {
     "mulan": "flax_checkpoints:mulan",

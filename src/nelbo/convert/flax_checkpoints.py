@@ -469,9 +469,8 @@ def _converted(kind: str, path: Path, tree: dict[str, Any], base: Config, images
     optimizer, note = None, ""
     try:
         moments = _optimizer(tree.get("opt_state"), reading.parameters)
-        first, second = (
-            ours({name: m[i] for name, m in moments.items()}, f) for i, f in enumerate((1 / scale, 1 / scale**2))
-        )
+        first = ours({name: m[0] for name, m in moments.items()}, 1 / scale)
+        second = ours({name: m[1] for name, m in moments.items()}, 1 / scale**2)
         steps = {name: torch.tensor(moments[theirs][2]) for theirs, name in model_names(moments).items()}
         optimizer = {
             f"{key}.{name}": value
