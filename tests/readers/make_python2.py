@@ -24,7 +24,7 @@ def main():
         "more": (b"caf\xe9\n\\".decode("latin-1"), None, True, 0.1, {}, (), (1,)),
     }
     for protocol in range(3):
-        with open(os.path.join(HERE, f"python2-{protocol}.pkl"), "wb") as file:
+        with open(os.path.join(HERE, "python2-" + str(protocol) + ".pkl"), "wb") as file:
             file.write(cPickle.dumps(batch, protocol))
 
 
