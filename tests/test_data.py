@@ -295,8 +295,8 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         (tmp_path / "a.mat", "is neither a .npy nor a .npz file"),
     ):
         assert message_of(source) == (
-            "a data source must be one of digits, photos32, or the path of a .npy or .npz file or of a folder of "
-            f"image files; '{source}' {problem}"
+            "a data source must be one of digits, photos32, cifar10, fashion-mnist, imagenet32-old, imagenet32-new, "
+            f"imagenet64, or the path of a .npy or .npz file or of a folder of image files; '{source}' {problem}"
         )
 
 

@@ -659,11 +659,57 @@ def _help() -> str:
     )
 
 
+@dataclass(frozen=True)
+class Data:
+    """Prepare a data set, check it, and say what it is: counts, shape, levels, version, checksums."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME|PATH")]
+    """digits, photos32, cifar10, fashion-mnist, imagenet32-old, imagenet32-new, imagenet64; hub:OWNER/NAME[:CONFIG]; a
+    folder of image files, a .npy or .npz file, or a prepared folder."""
+    out: Path | None = None
+    """Folder of the prepared set. By default that of the name, in NELBO_DATA or ~/.cache/nelbo; files and folders are
+    prepared only where it is given."""
+    files: Path | None = None
+    """Folder with the official files of a named set. By default they are looked for, or fetched."""
+    unofficial: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take files with other checksums or counts than the published ones; the set is then called NAME-unofficial."""
+    size: int | None = None
+    """Image files: scale the shorter side to so many pixels, and take the square in the middle."""
+    crop: int | None = None
+    """Image files: first take the middle square of so many pixels."""
+    filter: Literal["box", "lanczos", "bicubic", "bilinear"] = "box"
+    """Image files: pillow's filter for --size; box is the mean over the pixels that become one."""
+    workers: int | None = None
+    """Processes that read. By default one a core."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Read every file of the prepared set again, and compare checksums."""
+
+
+def _data(command: Data) -> None:
+    from nelbo.data.files import Resize
+    from nelbo.data.preparing import Wanted, prepare_source
+    from nelbo.progress import Progress
+
+    for name in ("size", "crop", "workers"):
+        if getattr(command, name) is not None and getattr(command, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(command, name)}")
+    resize = None
+    if command.size is not None or command.crop is not None:
+        resize = Resize(command.size, command.crop, command.filter)
+    wanted = Wanted(
+        command.source, command.out, command.files, command.unofficial, resize, command.workers, command.verify
+    )
+    with Progress() as progress:
+        lines = prepare_source(wanted, progress)
+    print("\n".join(lines))
+
+
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "evaluate": (Evaluate, _evaluate),
     "sample": (Sample, _sample),
     "fid": (Fid, _fid),
     "report": (Report, _report),
+    "data": (Data, _data),
     "share": (Share, _share),
 }
 

@@ -1,6 +1,7 @@
 """Presets: plain functions that return a whole configuration. Flags override single fields.
 
-``-digits`` train on two CPU cores in minutes, ``-photos32`` and ``-fashion`` in an hour, the others hold the papers' settings.
+``-digits`` train on two CPU cores in minutes, ``-photos32`` and ``-fashion`` in an hour, the others hold the papers'
+settings.
 """
 
 from collections.abc import Callable

@@ -42,8 +42,10 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.stop()
 
-    def update(self, name: str, done: int, total: int, figure: str = "", rate: float | None = None) -> None:
-        """``done`` of ``total``, a figure in words and images/s, measured where ``rate`` is not given.
+    def update(
+        self, name: str, done: int, total: int, figure: str = "", rate: float | None = None, unit: str = "images"
+    ) -> None:
+        """``done`` of ``total``, a figure in words and images (or ``unit``) a second, measured where ``rate`` is not given.
 
         The first call for a task is its start.
         """
@@ -54,7 +56,7 @@ class Progress:
         if rate is None and done > first:
             rate = (done - first) / max(now - began, 1e-9)
         speed = "" if not rate or rate != rate else f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}"
-        shown = ", ".join(part for part in (figure, f"{speed} images/s" if speed else "") if part)
+        shown = ", ".join(part for part in (figure, f"{speed} {unit}/s" if speed else "") if part)
         self.bar.update(task, completed=done, figures=shown)
         if not self.terminal and done > first and (done == total or now - self.printed >= self.every):
             left = (now - began) / (done - first) * (total - done)

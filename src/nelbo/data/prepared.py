@@ -49,8 +49,8 @@ class Plan:
     """What a data set is made of.
 
     ``counts``: images that each of the source's splits must have, where that is known; ``cut``: images that become a
-    split which the source has not, or None for a tenth of train each; ``about``: what it is, in words; ``origin``: files
-    and checksums, for the record; ``grey``: keep one channel where all images are grey in every pixel.
+    split which the source has not, or None for a tenth of train each; ``about``: what it is, in words; ``origin``:
+    files and checksums, for the record; ``grey``: keep one channel where all images are grey in every pixel.
     """
 
     name: str
@@ -279,7 +279,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         size = file.stat().st_size if file.is_file() else None
         if size != said["bytes"]:
             raise UserError(
-                f"{file} must have {said['bytes']} bytes, got {size or 'no file'}: cut short or changed; prepare it again"
+                f"{file} must have {said['bytes']} bytes, got {size or 'no file'}: cut short or changed; prepare it "
+                "again"
             )
     return record
 

@@ -10,28 +10,30 @@ folder does not bring are cut out of train, one tenth of it each (at least one i
 without splits become 80 % train, 10 % validation and 10 % test.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nelbo.data.dataset import SPLIT_SEED, SPLITS, Dataset, content_hash, cut_rows
-from nelbo.data.files import read_arrays, read_folder
+from nelbo.data.files import Resize, file_plan, read_arrays, read_folder
+from nelbo.data.hub import PREFIX, hub_plan
 from nelbo.data.loader import permutation
 from nelbo.data.official import OFFICIAL, data_home, official_plan
-from nelbo.data.prepared import is_prepared, open_prepared, prepare
+from nelbo.data.prepared import Plan, is_prepared, open_prepared, prepare
 from nelbo.errors import UserError
 
-__all__ = ["SOURCES", "load", "photo_crops"]
+__all__ = ["SOURCES", "load", "named_folder", "photo_crops", "plan"]
 
 
 def load(source: str) -> Dataset:
     """The data set of a source (see above). UserError where it is none, or its files are damaged."""
     if source in SOURCES:
         return SOURCES[source]()
-    if source in OFFICIAL:
-        folder = data_home() / source
-        return open_prepared(folder if is_prepared(folder) else prepare(official_plan(source), folder))
+    folder = named_folder(source)
+    if folder is not None:
+        return open_prepared(folder if is_prepared(folder) else prepare(plan(source), folder))
     path = Path(source).expanduser()
     if path.is_dir() and is_prepared(path):
         return open_prepared(path)
@@ -43,8 +45,8 @@ def load(source: str) -> Dataset:
     else:
         problem = "is neither a .npy nor a .npz file" if path.exists() else "is not there"
         raise UserError(
-            f"a data source must be one of {', '.join((*SOURCES, *OFFICIAL))}, or the path of a .npy or .npz file or of "
-            f"a folder of image files; {source!r} {problem}"
+            f"a data source must be one of {', '.join((*SOURCES, *OFFICIAL))}, or the path of a .npy or .npz file or "
+            f"of a folder of image files; {source!r} {problem}"
         )
     if "train" not in images:
         raise UserError(
@@ -69,6 +71,37 @@ def load(source: str) -> Dataset:
         levels=levels,
         description=f"{name}: {counts} images of {channels}x{height}x{width}, {levels} levels",
     )
+
+
+def named_folder(source: str) -> Path | None:
+    """Where the prepared set of an official or hub name is, or will be; None for anything else."""
+    if source in OFFICIAL:
+        return data_home() / source
+    if source.startswith(PREFIX):
+        return data_home() / "hub" / re.sub(r"[^\w.-]+", "--", source.removeprefix(PREFIX).strip("/"))
+    return None
+
+
+def plan(
+    source: str,
+    files: Path | None = None,
+    unofficial: bool = False,
+    resize: Resize | None = None,
+    show: Callable[[str, int, int], None] = lambda file, done, total: None,
+) -> Plan:
+    """What an official set, a set of the hub, a folder of image files or a file of arrays is prepared from.
+
+    ``files``, ``unofficial`` and ``show`` as in ``official_plan``; ``resize`` where images are single files.
+    """
+    if source in OFFICIAL:
+        if resize is not None:
+            raise UserError(f"--size and --crop are for folders and sets of image files, and {source} has its own size")
+        return official_plan(source, files, unofficial, show)
+    if files is not None or unofficial:
+        raise UserError(f"--files and --unofficial are for {', '.join(OFFICIAL)}, got {source}")
+    if source.startswith(PREFIX):
+        return hub_plan(source, resize)
+    return file_plan(Path(source).expanduser(), resize)
 
 
 def _cut(
