@@ -571,10 +571,11 @@ def _fid(distances: list[dict[str, Any]]) -> list[str]:
         return []
     rows = []
     for d in distances:
-        error = f" ± {d['standard_error']:.4f}" if _finite(d.get("standard_error")) else ""
+        error = f" ± {d['standard_error']:.4f}" if _finite(d.get("standard_error")) else " (error not known)"
         value = f"{d['fid']:.4f}{error}" if _finite(d.get("fid")) else "–"
         rows.append(f"| {_distance_name(d)} | {value} | {' | '.join(_compared(d))} |")
-    return ["\n".join(["## Samples", "", "| | value | of | against |", "|---|---|---|---|", *rows])]
+    warnings = dict.fromkeys(d["warning"] for d in distances if d.get("warning"))
+    return ["\n".join(["## Samples", "", "| | value | of | against |", "|---|---|---|---|", *rows]), *warnings]
 
 
 # The hub -------------------------------------------------------------------------------------------------------------
@@ -636,10 +637,15 @@ STATUS = {
 
 
 def _reason(error: BaseException) -> str:
-    """Why the hub did not take it, in a line."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in STATUS:
-        return STATUS[status]
-    if LOST & {cls.__name__ for cls in type(error).__mro__}:
-        return "the hub cannot be reached"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """Why the hub did not take it, in a line; the first cause where the error is only that something failed."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in STATUS:
+            return STATUS[status]
+        if LOST & {cls.__name__ for cls in type(cause).__mro__}:
+            return "the hub cannot be reached"
+    said = error if getattr(error, "response", None) is not None else causes[-1]
+    return " ".join(str(said).split())[:200] or type(said).__name__
