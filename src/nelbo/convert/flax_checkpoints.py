@@ -519,7 +519,7 @@ def _configuration(kind: str, reading: Reading, images: Images) -> tuple[Config,
     elif parameterization == "data":
         raise UserError(f"--parameterization must be noise or velocity for --from {kind}, got data")
     skip = math.sqrt(2) if path == "straight" and parameterization == "velocity" else 1.0
-    network = replace(network, skip=skip, fourier=fourier)
+    network = replace(network, skip=skip, fourier=fourier, norm_eps=1e-6, head_features=None)
     shape, levels = _images(reading, channels, images)
     if network.fourier == FOURIER and levels == 256 and base.network.fourier is None:
         network = replace(network, fourier=None)  # its default
