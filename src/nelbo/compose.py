@@ -82,8 +82,8 @@ def _of_timesteps(config: Config, shape: tuple[int, int, int], gammas: np.ndarra
         "dropout": network.dropout,
     }
     unet: nn.Module
+    heights = [shape[1] // 2**i for i in range(len(network.multipliers))]
     if network.kind == "attention":
-        heights = [shape[1] // 2**i for i in range(len(network.multipliers))]
         heads, features = network.heads, network.head_features or (32,)
         unet = networks.AttentionUNet(
             shape[0], outputs, self_condition=network.self_condition, first=network.first_channels,
@@ -92,6 +92,13 @@ def _of_timesteps(config: Config, shape: tuple[int, int, int], gammas: np.ndarra
             **made,
         )  # fmt: skip
         return networks.TimestepNetwork(unet, gammas)
+    per_head = _head_features(config) or 1
+    for m, height in zip(network.multipliers, heights, strict=True):
+        if height in (*network.attention_at, heights[-1]) and network.channels * m % per_head:
+            raise UserError(
+                "network.head_features must divide the channels where attention acts, which are "
+                f"{network.channels * m} at height {height}, got {per_head}"
+            )
     try:
         inputs = shape[0] * (1 + network.self_condition)
         unet = networks.ddpm_unet(

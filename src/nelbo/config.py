@@ -397,7 +397,7 @@ def _check_heads(network: NetworkConfig) -> None:
                 f"network.{name} must be 1 whole number above 0, or for network.kind = attention one for each of "
                 f"network.multipliers, got {numbers}"
             )
-    if network.kind != "attention" and network.channels % found[0]:
+    if network.kind not in TIMESTEPS and network.channels % found[0]:
         raise UserError(f"network.head_features must divide network.channels = {network.channels}, got {found[0]}")
     if not network.frequency_shift < network.channels / 2:
         raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 from nelbo import checkpoints, sharing
 from nelbo.errors import UserError
 
-__all__ = ["Source", "find_shared", "is_hub_id", "resolve"]
+__all__ = ["Source", "find_folder", "find_shared", "is_hub_id", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def resolve(
     for what is written; ``parameterization``: what a foreign network estimates, where its file does not say;
     ``revision`` of a hub id: a branch, tag or commit.
     """
-    path, folder = Path(argument), _folder(argument, revision)
+    path, folder = Path(argument), find_folder(argument, revision)
     if (path / "run.json").is_file():
         return _run(path, checkpoint, weights or "ema", out)
     if sharing.is_shared(folder):
@@ -74,11 +74,12 @@ def is_hub_id(argument: Path | str) -> bool:
 
 def find_shared(argument: Path | str, revision: str | None = None) -> sharing.Shared | None:
     """The shared model that an argument names, on disk or on the hub; None where it names something else."""
-    folder = _folder(argument, revision)
+    folder = find_folder(argument, revision)
     return sharing.read(folder, str(argument)) if sharing.is_shared(folder) else None
 
 
-def _folder(argument: Path | str, revision: str | None) -> Path:
+def find_folder(argument: Path | str, revision: str | None = None) -> Path:
+    """The folder or file that an argument names; of a hub id, in the hub's own cache."""
     if is_hub_id(argument):
         return _from_hub(str(argument), revision)
     if revision is not None:
@@ -122,11 +123,6 @@ def _run(run: Path, checkpoint: str | int, weights: str, out: Path | None) -> So
 # diffusers -----------------------------------------------------------------------------------------------------------
 
 INDEX = ("model_index.json", "scheduler_config.json")
-PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "velocity"}
-VARIANCES = {
-    "fixed_small": "fixed-small", "fixed_small_log": "fixed-small", "fixed_large": "fixed-large",
-    "fixed_large_log": "fixed-large", "learned_range": "learned",
-}  # fmt: skip
 
 
 def _from_hub(name: str, revision: str | None = None) -> Path:
@@ -149,79 +145,30 @@ def _from_hub(name: str, revision: str | None = None) -> Path:
 
 def _pipeline(name: str, folder: Path, out: Path | None) -> Source:
     """A pipeline of diffusers with one UNet2DModel and a scheduler of betas."""
-    if (folder / "model_index.json").is_file():
-        index = checkpoints.read_json(folder / "model_index.json")
-        parts = {key for key, value in index.items() if isinstance(value, list) and value[:1] != [None]}
-        kind = index.get("_class_name")
-        if parts != {"unet", "scheduler"} or index["unet"] != ["diffusers", "UNet2DModel"]:
-            raise UserError(
-                f"{name} is a {kind} of {', '.join(sorted(parts))}: only pipelines of pixels with one UNet2DModel and "
-                "a scheduler can be read (no latent ones, none given text or classes)"
-            )
-    unet, scheduler = (folder / p if (folder / p).is_dir() else folder for p in ("unet", "scheduler"))
-    settings = checkpoints.read_json(unet / "config.json")
-    betas = checkpoints.read_json(scheduler / "scheduler_config.json")
-    for key, wanted in (("time_embedding_type", ("positional",)), ("class_embed_type", (None,)),
-                        ("num_class_embeds", (None,))):  # fmt: skip
-        if settings.get(key, wanted[0]) not in wanted:
-            raise UserError(f"{name}: {key} = {settings[key]!r}; only {wanted[0]!r} is a network of (image, timestep)")
-    for key in ("thresholding", "rescale_betas_zero_snr"):
-        if betas.get(key):
-            raise UserError(f"{name}: its scheduler has {key}, for which there is no likelihood")
-    prediction, variance = betas.get("prediction_type", "epsilon"), betas.get("variance_type", "fixed_small")
-    for value, table, what in ((prediction, PREDICTIONS, "prediction_type"), (variance, VARIANCES, "variance_type")):
-        if value not in table:
-            raise UserError(f"{name}: {what} must be one of {', '.join(table)}, got {value!r}")
-    size, channels = settings["sample_size"], settings["in_channels"]
-    height, width = size if isinstance(size, list) else (size, size)
-    gammas = _gammas(name, betas)
+    from nelbo.convert.diffusers import read
+    from nelbo.schedules import gammas_of_betas
 
-    def load(levels: int, device: Any, shape: tuple[int, ...] | None = None) -> Any:
+    pipeline = read(folder, name)
+    channels, size = pipeline.channels, pipeline.size or (None, None)
+
+    def load(levels: int, device: Any, shape: tuple[int, int, int] | None = None) -> Any:
         from nelbo.compose import table_model
         from nelbo.model import Reverse
         from nelbo.networks import DiffusersUNet
 
-        reverse = Reverse(VARIANCES[variance], bool(betas.get("clip_sample", True)), "gaussian")
-        network = DiffusersUNet(_unet(name, unet))
-        model = table_model(network, gammas, (channels, height, width), levels, PREDICTIONS[prediction], reverse)
-        return model.to(device).eval()
+        own = (channels, *pipeline.size) if pipeline.size is not None else shape
+        if own is None:
+            raise UserError(f"{name} does not say how large its images are: give --data, whose size is taken")
+        reverse = Reverse(pipeline.variance, pipeline.clip, "gaussian")
+        gammas, kind = gammas_of_betas(pipeline.betas), pipeline.parameterization
+        return table_model(DiffusersUNet(pipeline.network()), gammas, own, levels, kind, reverse).to(device).eval()
 
-    weights = sorted(p for p in unet.glob("diffusion_pytorch_model*") if p.is_file())
-    folder = out or Path("evaluations") / Path(name).name
+    weights = sorted(p for p in pipeline.folder.glob("diffusion_pytorch_model*") if p.is_file())
     return Source(
-        name=name, kind="diffusers", folder=folder, shape=(channels, height, width),
-        levels=None, data=None, step=None, steps=len(gammas) - 1,
+        name=name, kind="diffusers", folder=out or Path("evaluations") / Path(name).name, shape=(channels, *size),
+        levels=None, data=None, step=None, steps=len(pipeline.betas) - 1,
         identity=[[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in weights], load=load,
     )  # fmt: skip
-
-
-def _gammas(name: str, config: dict[str, Any]) -> Any:
-    """gamma_n of a scheduler's betas, in float64 from the betas themselves."""
-    import numpy as np
-
-    try:
-        from diffusers import DDPMScheduler
-    except ImportError as error:
-        raise UserError(f"{name} is a pipeline of diffusers: pip install 'nelbo[ddpm]' ({error})") from None
-    from nelbo.schedules import gammas_of_betas
-
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    try:
-        betas = DDPMScheduler(**{key: config[key] for key in known if key in config}).betas  # type: ignore[attr-defined]
-        return gammas_of_betas(np.asarray(betas, dtype=np.float64))
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{name}: its scheduler's betas cannot be used: {error}") from None
-
-
-def _unet(name: str, folder: Path) -> Any:
-    """The UNet2DModel of a folder; weights only."""
-    from diffusers import UNet2DModel
-
-    try:
-        return UNet2DModel.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # diffusers, safetensors, torch and pickle raise what they like
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{name}: the weights in {folder} cannot be read: {reason}") from None
 
 
 # denoising-diffusion-pytorch -----------------------------------------------------------------------------------------

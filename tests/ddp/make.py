@@ -149,6 +149,11 @@ def main():
     with torch.no_grad():
         arrays["trained.raw"] = trainer.model(z, t).numpy()
         arrays["trained.ema"] = ema.ema_model.model(z, t).numpy()
+    # One step more, from the moments in the file.
+    optimizer.zero_grad()
+    trainer.p_losses(x * 2 - 1, t, noise=noise).backward()
+    optimizer.step()
+    torch.save({"step": 4, "model": trainer.state_dict()}, HERE / "next.pt")
     np.savez_compressed(HERE / "cases.npz", **arrays)
 
 
