@@ -300,7 +300,7 @@ def test_mulans_losses_follow_from_its_checkpoint(tmp_path, monkeypatch):
 
 def test_mulans_velocity_follows_from_flaxs_own_file(tmp_path, monkeypatch, stored, small):
     """Both ways to use its network: as a velocity, and as the noise that a velocity is made of."""
-    (tmp_path / "ckpt-3.flax").write_bytes(stored)
+    (tmp_path / "ckpt-3.flax").write_bytes(b"older")
     (tmp_path / "ckpt-20.flax").write_bytes(stored)
     (tmp_path / "ckpt-4.flax").write_bytes(b"older")
     for name, more in (("velocity", ()), ("noise", ("--parameterization", "noise"))):
@@ -546,6 +546,11 @@ MORE = {
                 r"1 of the network's are missing \(encoder.trunk.middle.0.attention.q.bias\)"),
     "both": (lambda p: {n.replace("mid.attn_1/q/bias", "mid.attn_1/q/offset"): a for n, a in p.items()},
              "2 of its parameters have no place .*; 2 of the network's are missing"),
+    "two for one": (
+        lambda p: p | {"encoder_model/dense_layer_final_mu/bias": np.zeros(20, np.float32)},
+        "2 of its parameters have no place"),
+    "empty": (lambda p: p | {"score_model/conv_out/kernel": np.zeros((3, 3, 64, 0), np.float32)}, "has no conv_out/"),
+    "an axis more": (lambda p: p | {"gamma/dense_out_a/bias": np.zeros((1, 288), np.float32)}, r"shape \(1, 288\)"),
     "part": (lambda p: p | {"encdec/w": np.zeros(1, np.float32)}, "it has the part encdec; the known ones are"),
     "shape": (lambda p: p | {"score_model/conv_out/bias": np.zeros(4, np.float32)}, r"conv_out/bias has shape \(4,\)"),
     "transposed": (lambda p: p | {"score_model/mid.attn_1/q/kernel": np.zeros((32, 128), np.float32)},
@@ -629,6 +634,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, stored, small, nam
 NOTES = {
     "none": ({}, "there are none"),
     "sgd": ({"0": {"trace": {}}}, "there are none"),
+    "number": ({"0": {"count": 1, "mu": 2, "nu": 3}}, "is int"),
     "half": (lambda p: adam(nested({n: a for n, a in p.items() if "gamma" not in n}), nested(p)), "of gamma/"),
     "missing": (lambda p: adam(*2 * [nested({n: a for n, a in p.items() if "gamma" not in n})]), "none of gamma/"),
     "twice": (lambda p: {"0": adam(nested(p), nested(p)), "1": adam(nested(p), nested(p))}, "do not fit"),
@@ -656,9 +662,10 @@ def test_what_is_known_of_the_presets_data_sets_is_so():
 def test_images_of_another_data_set_are_not_taken_for_the_presets(tmp_path):
     """A CIFAR-10 network with a digits preset: 32x32 by the shapes, and 256 levels, not 17."""
     case = Case(CASES / "mulan_epsilon_loss.npz")
-    run = converted(
-        tmp_path, "mulan", state(parameters(case)), "--preset", "mulan-digits", "--schedule.gamma-min", "-9"
-    )
+    flags = ("--preset", "mulan-digits", "--schedule.gamma-min", "-9")
+    run = converted(tmp_path, "mulan", state(parameters(case)), *flags)
+    coarse = raw(converted(tmp_path, "mulan", state(parameters(case)), *flags, "--levels", 64, name="coarse"))
+    assert coarse.levels == 64 and coarse.network.trunk.fourier == coarse.encoder.trunk.fourier == (6.0, 7.0)
     found = resolve(run)
     assert (found.shape, found.levels) == ((3, 32, 32), 256)
     assert raw(run).network.trunk.fourier == (6.0, 7.0) and raw(run).schedule.gamma_0 == -9

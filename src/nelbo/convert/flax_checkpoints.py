@@ -155,9 +155,9 @@ def in_our_order(parameters: Parameters, shape: tuple[int, int, int]) -> Paramet
     """Equation (2) for what speaks of pixels: the schedule's outputs, and what the CNN encoder's last layer reads."""
     found, size = {}, math.prod(shape)
     for name, array in parameters.items():
-        if re.match(r"(gamma/)?(dense_out_[abc]|l3)/", name) and array.shape[-1] == size:
+        if re.match(r"(gamma/)?(dense_out_[abc]|l3)/", name) and array.shape[-1:] == (size,):
             array = unflatten(array, shape).flatten(-3)
-        elif re.fullmatch(r"(encoder_model/)?DENSE/kernel", name):
+        elif re.fullmatch(r"(encoder_model/)?DENSE/kernel", name) and len(array) == CNN_FEATURES * shape[1] * shape[2]:
             array = unflatten(array.T, (CNN_FEATURES, *shape[1:])).flatten(1).T
         found[name] = array
     return found
@@ -217,8 +217,8 @@ def unet_sizes(parameters: Parameters, image_channels: int) -> UNetSizes:
 
 
 def _shape(parameters: Parameters, name: str, axes: int) -> tuple[int, ...]:
-    """The shape of a parameter that must be there."""
-    if name not in parameters or parameters[name].ndim != axes:
+    """The shape of a parameter that must be there and hold something."""
+    if name not in parameters or parameters[name].ndim != axes or not parameters[name].numel():
         raise ValueError(f"it has no {name} of {axes} axes")
     return tuple(parameters[name].shape)
 
@@ -379,9 +379,11 @@ def find(source: Path) -> Path:
     return max(found)[1]
 
 
-def flatten(tree: dict[str, Any], where: str = "") -> Parameters:
+def flatten(tree: Any, where: str = "") -> Parameters:
     """The arrays of a tree by their paths, float32; empty maps hold none. ValueError for anything else."""
     found: Parameters = {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"a map of names is {type(tree).__name__}")
     for name, value in tree.items():
         if isinstance(value, dict):
             found |= flatten(value, f"{where}{name}/")
