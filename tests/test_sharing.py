@@ -255,6 +255,10 @@ def test_the_same_call_replaces_its_folder_and_nothing_else(run, tmp_path):
         nelbo.save_pretrained(run, folder)
     assert entries(folder) == kept
     (folder / "notes.txt").unlink()
+    (folder / "README.md").write_text(written := (folder / "README.md").read_text() + "Mine.")
+    with pytest.raises(UserError, match=r"README.md was edited since"):
+        nelbo.save_pretrained(run, folder)
+    assert (folder / "README.md").read_text() == written
     change(run / "run.json", created="2020-01-01T00:00:00+00:00")
     with pytest.raises(UserError, match="another run's model"):
         nelbo.save_pretrained(run, folder)
@@ -417,6 +421,7 @@ def test_the_distance_of_samples_is_measured_of_a_shared_model_and_stands_on_the
     nelbo.save_pretrained(run, folder)
     (entry,) = [r for r in card(folder).data.eval_results if r.metric_type == "frechet_distance"]
     assert entry.metric_value == own.record["fid"] and "standard_error" not in entry.metric_args
+    assert entry.dataset_type == "digits" and entry.metric_args["against"] == own.record["reference"]["what"]
     assert f"| {own.record['fid']:.4f} (error not known) | 20 samples (ddim, 3 steps) |" in card(folder).text
     assert own.record["warning"] in card(folder).text
     change(own.path, standard_error=0.0123456)  # as of many samples
@@ -448,6 +453,8 @@ def test_a_training_starts_from_a_shared_model(trained, tmp_path):
 def test_what_is_pushed_is_what_is_loaded(trained, tmp_path, hub, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = nelbo.save_pretrained(trained, tmp_path / "shared", repo="someone/tiny")
+    with (folder / "README.md").open("a") as text:
+        text.write("\nA line by hand.\n")
     assert nelbo.push_to_hub(folder, "someone/tiny") == f"{hub.url}/someone/tiny"
     there = hub.files("someone/tiny")
     assert {name: there[name] for name in sharing.FILES} == files(folder)

@@ -181,7 +181,8 @@ def save_pretrained(
     content = _bytes(found, checkpoints.WEIGHTS[weights])
     described = _description(record, found, weights, content, samples)
     figures, distances = _figures(run, described), _distances(run, found.step, weights)
-    card = model_card(described, figures, distances, repo, out.name, license)
+    card = model_card(described, figures, distances, repo, out.name, license).encode()
+    described["files"][CARD] = _sum(card)
     with _aside(out) as aside:
         checkpoints.write_aside(aside / WEIGHTS, content)
         checkpoints.write_json(aside / CONFIG, described)
@@ -216,12 +217,16 @@ def _description(
         "weights": weights,
         "parameters": record.get("parameters"),
         "samples": None if samples is None else {"shown": samples.shown, "drawn": samples.name},
-        "files": {WEIGHTS: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
+        "files": {WEIGHTS: _sum(content)},
         "versions": found.meta.get("versions", {}),
         "converted": (record.get("converted") or {}).get("program"),
         "shared_by": f"nelbo {nelbo.__version__}",
         "created": record.get("created"),
     }
+
+
+def _sum(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _without_folder(source: str) -> str:
@@ -251,8 +256,16 @@ def _refuse(out: Path, said: str, record: dict[str, Any]) -> None:
             f"{said} holds something else ({(strangers or entries)[0]}): give a new or empty folder, or one that a "
             "model of this run was shared in before"
         )
-    if entries and read(out, said).record.get("created") != record.get("created"):
+    if not entries:
+        return
+    there = read(out, said).record
+    if there.get("created") != record.get("created"):
         raise UserError(f"{said} holds another run's model: give a new folder, or remove that one")
+    if (out / CARD).is_file() and _sum((out / CARD).read_bytes()) != there["files"].get(CARD):
+        raise UserError(
+            f"{said}/{CARD} was edited since it was written, and would be lost: give a new folder, or remove that file "
+            "(nelbo.push_to_hub uploads the folder as it is)"
+        )
 
 
 def _beside(out: Path, kind: str) -> Path:
@@ -408,7 +421,8 @@ def _front_matter(
 ) -> str:
     from huggingface_hub import ModelCardData
 
-    results = [*(r for e in figures for r in _results(e)), *(r for d in distances for r in _distance_results(d))]
+    own = record["data"]["name"]
+    results = [*(r for e in figures for r in _results(e)), *(r for d in distances for r in _distance_results(d, own))]
     family = record["preset"].split("-")[0]
     data = ModelCardData(
         library_name=LIBRARY,
@@ -451,19 +465,21 @@ def _results(e: Any) -> Iterator[Any]:
         )
 
 
-def _distance_results(record: dict[str, Any]) -> Iterator[Any]:
+def _distance_results(record: dict[str, Any], own: str) -> Iterator[Any]:
     from huggingface_hub import EvalResult
 
     if _finite(record.get("fid")):
         of, against = _compared(record)
+        given = record["settings"].get("data")
+        data = Path(given).name if given else own
         yield EvalResult(
             task_type=TASK,
-            dataset_type=against,
-            dataset_name=against,
+            dataset_type=data,
+            dataset_name=data,
             metric_type="fid" if record["extractor"].get("name") == "inception" else "frechet_distance",
             metric_name=_distance_name(record),
             metric_value=record["fid"],
-            metric_args={"standard_error": record.get("standard_error"), "of": of},
+            metric_args={"standard_error": record.get("standard_error"), "of": of, "against": against},
         )
 
 
