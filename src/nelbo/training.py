@@ -60,16 +60,17 @@ class Loss(nn.Module):
             self.weighting = Weighting(o.norm, o.weight, o.min_snr, o.p2_k, o.p2_gamma, hybrid)
 
     def forward(self, batch: Batch, part: slice, step: int) -> Terms:
+        """Terms of ``batch``, which is that part of the whole batch of this step."""
         config, device = self.config, self.model.device
         seed, size = config.training.seed, config.training.batch
-        draws = Draws(seed, batch.index[part], 0, device)
+        draws = Draws(seed, batch.index, 0, device)
         positions = torch.arange(size, device=device)[part]
         # Stratified times share one shift, that of the step; independent ones have their own.
-        keys = batch.index[part] if config.objective.times == "uniform" else [step] * len(positions)
+        keys = batch.index if config.objective.times == "uniform" else [step] * len(positions)
         u = Draws(seed, keys, 0, device).uniform("time")
-        labels = None if batch.labels is None else torch.from_numpy(batch.labels[part]).to(device)
-        flag = torch.from_numpy(batch.flag[part]).to(device)
-        images = torch.from_numpy(np.ascontiguousarray(batch.images[part])).to(device)
+        labels = None if batch.labels is None else torch.from_numpy(batch.labels).to(device)
+        flag = torch.from_numpy(batch.flag).to(device)
+        images = torch.from_numpy(np.ascontiguousarray(batch.images)).to(device)
         t = times.TIMES[config.objective.times](u, positions, size)
         steps = config.objective.steps
         if self.weighted:
@@ -217,7 +218,8 @@ class Trainer:
         loss, part = Loss(self.model, self.config), self.config.training.batch // self.parts
 
         def forward(images: int) -> Tensor:
-            return loss(self.batches.batch_at(0), slice(0, images), 0).loss.sum()
+            some = slice(0, images)
+            return loss(self.batches.batch_at(0, some), some, 0).loss.sum()
 
         with self.attention():
             return memory_estimate(self.model, forward, part)
@@ -240,14 +242,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
-        batch, size = self.batches.batch_at(self.step), training.batch // self.parts
+        size = training.batch // self.parts
         names = (*TERMS, *self.added)
         sums = torch.zeros(len(names), device=self.accelerator.device)
         for part in range(training.accumulate):
             start = (part * self.processes + first) * size
+            mine = slice(start, start + size)
             last = part == training.accumulate - 1  # where processes exchange their gradients
             with self.attention(), contextlib.nullcontext() if last else self.accelerator.no_sync(self.loss):
-                terms = self.loss(batch, slice(start, start + size), self.step)
+                terms = self.loss(self.batches.batch_at(self.step, mine), mine, self.step)
                 loss = terms.loss + (config.objective.latent_weight - 1) * terms.latent
                 mean = loss.sum() * self.processes / training.batch  # gradients are averaged over processes
                 self.accelerator.backward(pixels.bits_per_dim(mean, self.model.dimensions))

@@ -260,7 +260,7 @@ def file_plan(path: Path, resize: Resize | None = None) -> Plan:
         raise UserError(f"data must be a name, a folder of image files, or a .npy or .npz file; {path} {problem}")
     images, _, levels = read_arrays(path)
     stat = path.stat()
-    origin = {"file": str(path.resolve()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    origin: dict[str, object] = {"file": str(path.resolve()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
     pieces = tuple(
         Piece(split, f"{split} from {i}", partial(_rows, path, split, i, i + ROWS))
         for split, array in images.items()

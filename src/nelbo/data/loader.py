@@ -7,7 +7,13 @@ stream is one epoch after another, so a batch may straddle epochs:
     (2)  position i shows the image  permutation_e[i mod N],  e = floor(i / N)
     (3)  the augmentation of position i is drawn from (seed, i)
 
-The random words are Philox's own, used as they are: numpy promises that these do not change between its versions.
+Up to 65 536 images an epoch's permutation is sorted words. Beyond that it is computed place by place, so that no
+process holds the order of an epoch: a Feistel network of R rounds on the 2 h >= log2 N bits of a place, (L, R) its halves,
+
+    (4)  (L, R) -> (R, L xor f_r(R)),   f_r(R) = the top h bits of mix(R + k_r),   again until the result is below N
+
+which is one-to-one whatever f is. mix is the finaliser of splitmix64, the keys k_r are words of (seed, e). The random
+words are Philox's own, used as they are: numpy promises that these do not change between its versions.
 """
 
 from collections.abc import Callable
@@ -18,10 +24,12 @@ import numpy as np
 
 from nelbo.errors import UserError
 
-__all__ = ["AUGMENTATIONS", "Batch", "Batches", "permutation"]
+__all__ = ["AUGMENTATIONS", "Batch", "Batches", "permutation", "shuffled"]
 
 # The last word of the counter says what the numbers are for; nelbo.draws counts its streams from 0.
 ORDER, AUGMENT = 1000, 1001
+SORTED = 65_536  # images up to which a permutation is sorted words
+ROUNDS = 6  # of equation (4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,18 +63,23 @@ class Batches:
         self.augment = AUGMENTATIONS[augment]
         self.epochs: dict[int, np.ndarray] = {}  # the permutations that the last batch used
 
-    def batch_at(self, step: int) -> Batch:
-        """Batch number ``step``, counted from 0: the same call always returns the same batch."""
-        index = step * self.batch + np.arange(self.batch, dtype=np.int64)
-        epoch, place = np.divmod(index, len(self.images))
-        self.epochs = {
-            e: self.epochs[e] if e in self.epochs else permutation(len(self.images), self.seed, e)
-            for e in range(int(epoch[0]), int(epoch[-1]) + 1)
-        }
-        chosen = np.array([self.epochs[e][i] for e, i in zip(epoch.tolist(), place.tolist(), strict=True)])
+    def batch_at(self, step: int, part: slice = slice(None)) -> Batch:
+        """Batch number ``step``, counted from 0, or a part of it: the same call always returns the same images."""
+        index = step * self.batch + np.arange(self.batch, dtype=np.int64)[part]
+        count = len(self.images)
+        epoch, place = np.divmod(index, count)
+        epochs = range(int(epoch[0]), int(epoch[-1]) + 1)
+        if count <= SORTED:
+            known = self.epochs
+            self.epochs = {e: known[e] if e in known else permutation(count, self.seed, e) for e in epochs}
+        chosen = np.empty_like(place)
+        for e in epochs:
+            here = epoch == e
+            places = place[here]
+            chosen[here] = self.epochs[e][places] if count <= SORTED else shuffled(places, count, self.seed, e)
         # One turn of the counter is four words, so position i owns the words of turn i whatever the batch.
-        words = _words(self.seed, 0, int(index[0]), AUGMENT, 4 * self.batch).reshape(self.batch, 4)
-        images, changed = self.augment(self.images[chosen], words)
+        words = _words(self.seed, 0, int(index[0]), AUGMENT, 4 * len(index)).reshape(-1, 4)
+        images, changed = self.augment(np.ascontiguousarray(self.images[chosen]), words)
         labels = None if self.labels is None else self.labels[chosen]
         return Batch(images, labels, changed.astype(np.float32), index)
 
@@ -74,6 +87,30 @@ class Batches:
 def permutation(count: int, seed: int, epoch: int = 0) -> np.ndarray:
     """A permutation of 0 .. count - 1, (count,) int64, drawn from (seed, epoch)."""
     return np.argsort(_words(seed, epoch, 0, ORDER, count), kind="stable")
+
+
+def shuffled(place: np.ndarray, count: int, seed: int, epoch: int = 0) -> np.ndarray:
+    """Equation (4): what a permutation of 0 .. count - 1 drawn from (seed, epoch) has in those places, int64."""
+    half = (max(count - 1, 1).bit_length() + 1) // 2
+    keys, mask, shift = _words(seed, epoch, 0, ORDER, ROUNDS), np.uint64(2**half - 1), np.uint64(64 - half)
+    found = place.astype(np.uint64)
+    walking = np.arange(len(found))
+    while len(walking):
+        values = found[walking]
+        left, right = values >> np.uint64(half), values & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) >> shift)
+        values = (left << np.uint64(half)) | right
+        found[walking] = values
+        walking = walking[values >= count]
+    return found.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser of uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _words(seed: int, index: int, start: int, stream: int, count: int) -> np.ndarray:
@@ -113,9 +150,10 @@ def vdm(images: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     images, changed = turn(images, words)
     if images.shape[1] == 3:
-        orders = np.array(list(permutations(range(3))))  # the first is the identity
         order = np.where(words[:, 2] % 2 == 1, words[:, 2] // 2 % 6, 0)
-        images = np.take_along_axis(images, orders[order][:, :, None, None], axis=1)
+        for i, channels in enumerate(permutations(range(3))):
+            if i:  # the first is the identity
+                images[order == i] = images[order == i][:, channels]
         changed = changed | (order > 0)
     return images, changed
 

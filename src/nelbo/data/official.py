@@ -100,7 +100,7 @@ def _checksum(path: Path, file: File) -> str:
     if file.unpacked is not None and checksum not in (file.checksum, f"md5:{file.unpacked}"):
         try:
             with gzip.open(path) as packed:
-                unpacked = hashlib.file_digest(packed, "md5").hexdigest()  # type: ignore[arg-type]
+                unpacked = hashlib.file_digest(packed, "md5").hexdigest()
         except (OSError, EOFError, zlib.error):
             return checksum
         return f"md5:{unpacked}" if unpacked == file.unpacked else checksum

@@ -63,12 +63,13 @@ def _refuse_options(wanted: Wanted) -> None:
 
 
 def _describe(source: str, folder: Path, record: dict[str, Any], checked: bool) -> list[str]:
-    lines = [record["description"], f"version {record['version']}, prepared {record['prepared']} in {folder}"]
-    files = record["origin"].get("files", {})
+    lines = [record["description"], f"version {record['version']}, prepared {record.get('prepared')} in {folder}"]
+    files = record.get("origin", {}).get("files", {})
     for name, said in files.items():
-        known = f"{said['checksum']}, as published" if said["checksum"] else "no checksum is published"
+        checksum = said.get("checksum")
+        known = f"{checksum}, as published" if checksum else "no checksum is published"
         if "unofficial" in record["name"]:
-            known = f"{said['checksum'] or 'no checksum'}, taken as it is"
+            known = f"{checksum or 'no checksum'}, taken as it is"
         lines.append(f"from {name}: {said['bytes']:,} bytes, {known}")
     if checked:
         lines.append("every file is as it was written (SHA-256), and the version is that of the images")
