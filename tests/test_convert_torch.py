@@ -48,7 +48,8 @@ def after_one_step(converted, loss):
     groups = parameter_groups(model, o, noise_parameters(model))
     optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta_1, o.beta_2), eps=o.eps, fused=True)
     for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {k: converted.optimizer[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {key: converted.optimizer[f"{key}.{name}"].clone() for key in keys}
     loss(model).backward()
     if o.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)

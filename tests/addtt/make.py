@@ -26,10 +26,10 @@ NAMES = {
 N, SIZE = 4, 8
 
 LEARNED = {
-    "embedding_dim": 8, "n_blocks": 1, "n_attention_heads": 2, "dropout_prob": 0.0, "norm_groups": 2, "input_channels": 3,
-    "use_fourier_features": True, "attention_everywhere": True, "batch_size": N, "noise_schedule": "learned_linear",
-    "gamma_min": -13.3, "gamma_max": 5.0, "antithetic_time_sampling": True, "lr": 1e-3, "weight_decay": 0.0,
-    "clip_grad_norm": True,
+    "embedding_dim": 8, "n_blocks": 1, "n_attention_heads": 2, "dropout_prob": 0.0, "norm_groups": 2,
+    "input_channels": 3, "use_fourier_features": True, "attention_everywhere": True, "batch_size": N,
+    "noise_schedule": "learned_linear", "gamma_min": -13.3, "gamma_max": 5.0, "antithetic_time_sampling": True,
+    "lr": 1e-3, "weight_decay": 0.0, "clip_grad_norm": True,
 }  # fmt: skip
 FIXED = LEARNED | {
     "n_blocks": 2, "n_attention_heads": 1, "dropout_prob": 0.1, "norm_groups": 4, "input_channels": 1,
