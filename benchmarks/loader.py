@@ -27,6 +27,7 @@ import tyro
 
 from nelbo.data import Batches, load
 from nelbo.data.loader import AUGMENTATIONS
+from nelbo.data.prepared import mapped
 from nelbo.presets import preset
 from nelbo.process import keep_memory
 
@@ -46,8 +47,11 @@ class Case:
 
 
 SETS = {
-    "digits": None, "1x28x28": (60_000, 1, 28, 28), "3x32x32": (50_000, 3, 32, 32), "ImageNet-32": (1_281_149, 3, 32, 32)
-}  # fmt: skip
+    "digits": None,
+    "1x28x28": (60_000, 1, 28, 28),
+    "3x32x32": (50_000, 3, 32, 32),
+    "ImageNet-32": (1_281_149, 3, 32, 32),
+}
 
 
 def images_of(name: str, folder: Path) -> np.ndarray:
@@ -60,7 +64,7 @@ def images_of(name: str, folder: Path) -> np.ndarray:
         array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
         array[:50_000] = np.random.default_rng(0).integers(0, 256, (min(50_000, len(array)), *shape[1:]), np.uint8)
         array.flush()
-    return np.load(path, mmap_mode="r")
+    return mapped(path)
 
 
 def deliver(name: str, folder: Path, augment: str, case: Case, process: int, processes: int) -> float:
@@ -114,12 +118,8 @@ def main(case: Case) -> dict[str, Any]:
     print(f"vdm-digits consumes {rate:,.0f} images/s at best; batches of {case.batch}")
     print(shared.table(["set", "augmentation", "images/s", "times that", "two processes", "times that"], rows))
     print(f"load {load_before:.1f} before, {os.getloadavg()[0]:.1f} after")
-    report = {
-        "case": {**asdict(case), "out": None},
-        "machine": shared.machine(),
-        "consumed": rate,
-        "delivered": results,
-    }
+    report = {"case": {**asdict(case), "out": None}, "machine": shared.machine()}
+    report |= {"consumed": rate, "delivered": results}
     if case.out is not None:
         case.out.write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -45,7 +45,7 @@ class Progress:
     def update(
         self, name: str, done: int, total: int, figure: str = "", rate: float | None = None, unit: str = "images"
     ) -> None:
-        """``done`` of ``total``, a figure in words and images (or ``unit``) a second, measured where ``rate`` is not given.
+        """``done`` of ``total``, a figure in words and images (or ``unit``) a second, measured without ``rate``.
 
         The first call for a task is its start.
         """

@@ -260,13 +260,13 @@ def file_plan(path: Path, resize: Resize | None = None) -> Plan:
         raise UserError(f"data must be a name, a folder of image files, or a .npy or .npz file; {path} {problem}")
     images, _, levels = read_arrays(path)
     stat = path.stat()
-    origin: dict[str, object] = {"file": str(path.resolve()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    where: dict[str, object] = {"file": str(path.resolve()), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
     pieces = tuple(
         Piece(split, f"{split} from {i}", partial(_rows, path, split, i, i + ROWS))
         for split, array in images.items()
         for i in range(0, len(array), ROWS if path.suffix.lower() == ".npy" else len(array))
     )
-    return Plan(path.resolve().name, pieces, levels, "arrays", origin=origin)
+    return Plan(path.resolve().name, pieces, levels, "arrays", origin=where)
 
 
 def _chunk(files: Sequence[Path], resize: Resize | None) -> Images:

@@ -8,7 +8,8 @@ stream is one epoch after another, so a batch may straddle epochs:
     (3)  the augmentation of position i is drawn from (seed, i)
 
 Up to 65 536 images an epoch's permutation is sorted words. Beyond that it is computed place by place, so that no
-process holds the order of an epoch: a Feistel network of R rounds on the 2 h >= log2 N bits of a place, (L, R) its halves,
+process holds the order of an epoch: a Feistel network of six rounds on the 2 h >= log2 N bits of a place, (L, R) its
+halves,
 
     (4)  (L, R) -> (R, L xor f_r(R)),   f_r(R) = the top h bits of mix(R + k_r),   again until the result is below N
 
