@@ -174,6 +174,7 @@ def test_without_evaluations_the_card_says_so_and_how_to_get_them(run, tmp_path,
 def test_the_front_matter_is_what_the_hub_reads(trained, tmp_path):
     folder = nelbo.save_pretrained(trained, tmp_path / "shared", license="MIT", repo="someone/tiny")
     data = card(folder).data
+    assert data.datasets is None
     assert (data.library_name, data.pipeline_tag, data.license) == ("nelbo", "unconditional-image-generation", "mit")
     assert data.model_name == "tiny" and "mulan" in data.tags
     (entry,) = data.to_dict()["model-index"]
@@ -185,6 +186,15 @@ def test_the_front_matter_is_what_the_hub_reads(trained, tmp_path):
     assert 'nelbo.load("someone/tiny")' in card(folder).text
     nelbo.save_pretrained(trained, tmp_path / "other")
     assert card(tmp_path / "other").data.license is None and card(tmp_path / "other").data.model_name == "other"
+
+
+def test_a_data_set_of_the_hub_is_named_as_the_hub_knows_it(run, tmp_path):
+    name = "hub:someone/pictures:small"
+    for path in (run / "run.json", *(run / "evaluations").glob("test-best-ema*.json")):
+        change(path, data=json.loads(path.read_text())["data"] | {"name": name})
+    data = card(nelbo.save_pretrained(run, tmp_path / "shared")).data
+    assert data.datasets == ["someone/pictures"]
+    assert {(r.dataset_type, r.dataset_name) for r in data.eval_results} == {("someone/pictures", name)}
 
 
 def test_paths_of_this_machine_are_not_shared(tmp_path):
@@ -410,7 +420,8 @@ def test_a_shared_model_has_one_step_and_one_set_of_weights(trained, tmp_path, c
         nelbo.load(ema, revision="main")
 
 
-def test_the_distance_of_samples_is_measured_of_a_shared_model_and_stands_on_the_card(run, tmp_path):
+def test_the_distance_of_samples_is_measured_of_a_shared_model_and_stands_on_the_card(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the reference's statistics of a shared model go
     folder = nelbo.save_pretrained(run, tmp_path / "shared")
     settings = fid.Settings(extractor="random", count=20, splits=4, method="ddim", steps=3, reference="test")
     own = fid.evaluate(run, settings, say=lambda line: None)

@@ -429,10 +429,16 @@ def _front_matter(
         pipeline_tag=TASK,
         license=license.lower() if license else None,
         tags=TAGS + ([family] if family else []),
+        datasets=[_dataset(own)] if own.startswith("hub:") else None,
         model_name=name,
         eval_results=results or None,
     )
     return str(data.to_yaml()).strip()
+
+
+def _dataset(name: str) -> str:
+    """A data set as the hub knows it, OWNER/NAME of hub:OWNER/NAME:CONFIG; others by their name."""
+    return name.removeprefix("hub:").split(":")[0] if name.startswith("hub:") else name
 
 
 def _results(e: Any) -> Iterator[Any]:
@@ -448,7 +454,7 @@ def _results(e: Any) -> Iterator[Any]:
             continue
         yield EvalResult(
             task_type=TASK,
-            dataset_type=e.data[0],
+            dataset_type=_dataset(e.data[0]),
             dataset_name=e.data[0],
             dataset_revision=e.data[1],
             dataset_split=e.split,
@@ -471,10 +477,10 @@ def _distance_results(record: dict[str, Any], own: str) -> Iterator[Any]:
     if _finite(record.get("fid")):
         of, against = _compared(record)
         given = record["settings"].get("data")
-        data = Path(given).name if given else own
+        data = _without_folder(given) if given else own
         yield EvalResult(
             task_type=TASK,
-            dataset_type=data,
+            dataset_type=_dataset(data),
             dataset_name=data,
             metric_type="fid" if record["extractor"].get("name") == "inception" else "frechet_distance",
             metric_name=_distance_name(record),
