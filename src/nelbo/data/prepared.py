@@ -205,24 +205,25 @@ def _chunks(arrays: list[np.ndarray], size: int = 4096) -> Iterator[np.ndarray]:
 
 
 def _write(path: Path, parts: list[np.ndarray], rows: np.ndarray | None, grey: bool) -> None:
-    """One array of all parts, or of those rows of them, 4096 rows in memory at a time."""
-    lengths = [len(p) for p in parts]
-    shape = list(parts[0].shape[1:])
+    """One array of all parts, or of those rows of them, 4096 rows in memory at a time. Not through a map: a full disk
+    would end the process."""
+    total, shape = sum(map(len, parts)) if rows is None else len(rows), list(parts[0].shape[1:])
     if grey:
         shape[0] = 1
-    total = sum(lengths) if rows is None else len(rows)
-    out = np.lib.format.open_memmap(path, "w+", parts[0].dtype, (total, *shape))
-    place = first = 0
-    for part in parts:
-        for start in range(0, len(part), 4096):
-            chunk = part[start : start + 4096]
-            if rows is not None:
-                low, high = np.searchsorted(rows, (first + start, first + start + len(chunk)))
-                chunk = chunk[rows[low:high] - first - start]
-            out[place : place + len(chunk)] = chunk[:, :1] if grey else chunk
-            place += len(chunk)
-        first += len(part)
-    out.flush()
+    header = {"descr": np.lib.format.dtype_to_descr(parts[0].dtype), "fortran_order": False, "shape": (total, *shape)}
+    first = 0
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            for start in range(0, len(part), 4096):
+                chunk = part[start : start + 4096]
+                if rows is not None:
+                    low, high = np.searchsorted(rows, (first + start, first + start + len(chunk)))
+                    chunk = chunk[rows[low:high] - first - start]
+                file.write(np.ascontiguousarray(chunk[:, :1] if grey else chunk).data)
+            first += len(part)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _digest(path: Path) -> dict[str, Any]:
