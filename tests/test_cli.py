@@ -214,7 +214,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Arguments, and a part of the line. {place} is the folder above.
 WORDS = {"NEW": ["--out", "{place}/new"], "DIGITS": ["vdm-digits", "--out", "{place}/new"], "SHORT": SHORT}
 MISTAKES = [
-    ("trian", "unknown verb 'trian'; the choices are presets, train, evaluate, sample, fid, report"),
+    ("trian", "unknown verb 'trian'; the choices are presets, train, convert, evaluate, sample, fid, report"),
     ("presets more", "presets takes no arguments, got 'more'"),
     # Flags
     ("train", "train needs a preset first; the choices are vdm-digits, mulan-digits"),

@@ -1,4 +1,4 @@
-"""The command line: ``nelbo presets | train | evaluate | sample | fid | report``.
+"""The command line: ``nelbo presets | train | evaluate | sample | fid | report | convert``.
 
 A mistake of the user's gets one line on stderr and exit status 2. Heavy libraries load where a verb needs them.
 """

@@ -456,7 +456,8 @@ def _converted(kind: str, path: Path, tree: dict[str, Any], base: Config, images
     reading = Reading(next(iter(weights.values())), base)
     config, shape, levels = _configuration(kind, reading, images)
     classes = config.latent.size if config.latent.kind == "label" else None
-    model = build_model(config, shape, levels, classes)
+    with torch.device("meta"):  # only names and shapes are wanted
+        model = build_model(config, shape, levels, classes)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     scale = math.sqrt(2) if config.network.skip != 1 else 1.0
 
