@@ -37,6 +37,11 @@ def test_the_likelihood_of_a_ddpm_takes_ten_lines(capsys):
     assert 3 < float(bound.split(" ±")[0]) < 20
 
 
+def test_the_page_on_data_runs(capsys):
+    exec(compile(snippets("docs/data.md"), "docs/data.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[1] == "(1, 8, 8) 17 10 1"
+
+
 def test_the_notebook_was_executed_and_runs(monkeypatch, tmp_path):
     """Every cell of code has its number and no error; with four steps of training all of it runs again."""
     cells = json.loads((ROOT / "docs/ddpm.ipynb").read_text())["cells"]

@@ -35,7 +35,8 @@ class DataConfig:
     """Which images, and how they are varied."""
 
     source: str = "digits"
-    """A built-in data set (digits, photos32), a .npy or .npz file of uint8 images, or a folder of image files."""
+    """A named data set (digits, photos32, cifar10, fashion-mnist, imagenet32-old, imagenet32-new, imagenet64),
+    hub:OWNER/NAME, a prepared folder, a .npy or .npz file of uint8 images, or a folder of image files."""
     encoding: Literal["centres", "ends"] = "centres"
     """x of a grey level: the centres of equal bins of [-1, 1] (VDM), or from -1 for black to 1 for white (DDPM)."""
     augment: Literal["none", "flip", "turn", "vdm"] = "none"
