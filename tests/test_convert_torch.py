@@ -22,6 +22,7 @@ from nelbo.errors import UserError
 from nelbo.optimizers import parameter_groups
 from nelbo.presets import preset
 from nelbo.resolve import resolve
+from nelbo.schedules import betas
 from nelbo.training import train
 from test_resolve import change as change_json
 from test_resolve import pipeline
@@ -476,6 +477,12 @@ def test_a_run_that_was_a_folder_is_the_run_again(tmp_path, fields):
     np.testing.assert_array_equal(bounds[0].per_image, bounds[1].per_image)
 
 
+def test_betas_that_are_a_forms_but_for_rounding_are_written_as_that_form():
+    config = tiny("ddpm-digits", schedule__betas=tuple(np.float32(betas("cosine", 50)).astype(float).tolist()))
+    found = pipelines._scheduler(config)
+    assert (found["beta_schedule"], found["num_train_timesteps"]) == ("squaredcos_cap_v2", 50)
+
+
 def test_the_weights_that_are_asked_for_are_written(tmp_path):
     run = own_run(tmp_path / "run")
     raw = unet_of(pipelines.save_diffusers(run, tmp_path / "raw", "raw", "last")).state_dict()
@@ -604,6 +611,29 @@ def test_weights_of_torch_save_are_read_as_data(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         pipelines.convert(folder, preset("ddpm-digits"))
     assert not (tmp_path / "harm").exists()
+
+
+def test_published_checkpoints_with_the_old_names_of_attention_are_read_from_the_hub(tmp_path, monkeypatch):
+    """As google/ddpm-cifar10-32: files at the root, weights of torch.save, query, key, value and proj_attn."""
+    import huggingface_hub
+
+    folder, unet, _ = pipeline(tmp_path / "p")
+    flat, old = tmp_path / "flat", {}
+    flat.mkdir()
+    for path in (*folder.glob("*.json"), *folder.glob("*/*.json")):
+        shutil.copy(path, flat / path.name)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for name, value in unet.state_dict().items():
+        for new, before in names.items():
+            name = name.replace(f".{new}.", f".{before}.")
+        old[name] = value
+    assert sum("query" in name for name in old) == 8
+    torch.save(old, flat / "diffusion_pytorch_model.bin")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: str(flat))
+    found = pipelines.convert(Path("somebody/ddpm"), preset("ddpm-digits"))
+    for name, value in unet.state_dict().items():
+        assert torch.equal(found.weights["raw"][f"network.network.unet.{name}"], value), name
+    assert found.origin["source"] == "somebody/ddpm"
 
 
 def test_a_pipeline_without_a_size_takes_the_presets(tmp_path):

@@ -305,7 +305,7 @@ def _unlike_a_pipeline(config: Config) -> Iterator[str]:
 def _scheduler(config: Config) -> dict[str, Any]:
     """The arguments of a DDPMScheduler whose betas are read back as they are here."""
     own, form, steps = config.schedule.betas, config.schedule.form, config.schedule.timesteps
-    betas = np.asarray(own, dtype=np.float64) if own is not None else BETAS[form](steps)
+    betas = widened(np.asarray(own)) if own is not None else BETAS[form](steps)
     ends = {"beta_start": float(betas[0]), "beta_end": float(betas[-1])}
     choices: list[dict[str, Any]] = [
         {"beta_schedule": "linear"} | ends, {"beta_schedule": "scaled_linear"} | ends,
