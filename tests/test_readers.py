@@ -316,6 +316,7 @@ NO_PART = "which plain data do not need"
         (b"N..", "1 it ends, and 1 bytes follow"),
         (b"t.", "0 it takes values up to a mark where there is none"),
         (b"N(a.", "2 it takes a value where there is none"),
+        (b"]N(a.", "3 it takes a value where there is none"),
         (b"Na.", "1 it takes a value where there is none"),
         (b"NNa.", "2 it appends to None"),
         (b"NNNs.", "3 it sets 2 keys and values in None"),
