@@ -271,7 +271,7 @@ MISTAKES = [
     ("train DIGITS --init-from {place}/run", "another architecture"),
     ("train DIGITS SHORT --init-from {place}/foreign/checkpoints/step-000000006", "has format None"),
     # Data
-    ("train vdm-cifar10 NEW", "a data source must be one of digits, photos32, or the path of"),
+    ("train vdm-imagenet32 NEW", "imagenet32-old needs train_32x32.tar and valid_32x32.tar; or downsampled_imagenet-"),
     ("train DIGITS --data.source {place}/nothing.npz", "nothing.npz' is not there"),
     ("train DIGITS --data.source {place}/float.npy", "must be of type uint8, got float64"),
     ("train DIGITS --data.source {place}/pickled.npy", "cannot read {place}/pickled.npy: it must hold plain"),
