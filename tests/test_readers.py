@@ -76,13 +76,16 @@ VALUE = {
 }
 
 
+EXPECTED = {**VALUE, "big end": np.arange(6, dtype=np.float32).reshape(2, 3)}
+
+
 @pytest.mark.parametrize("protocol", range(6))
 def test_pickles_of_python_3(protocol: int) -> None:
     for content in (pickle.dumps(VALUE, protocol), pickletools.optimize(pickle.dumps(VALUE, protocol))):
-        assert same(read_pickle(content, "batch"), VALUE)
+        assert same(read_pickle(content, "batch"), EXPECTED)
         older = content.replace(b"numpy._core.", b"numpy.core.")  # what numpy 1 wrote, but for lengths
         if protocol < 4:
-            assert older != content and same(read_pickle(older, "batch"), VALUE)
+            assert older != content and same(read_pickle(older, "batch"), EXPECTED)
 
 
 def test_numbers_of_numpy_become_pythons() -> None:
@@ -139,9 +142,11 @@ def test_what_was_written_by_hand() -> None:
     assert same(read_pickle(content, "batch"), pickle.loads(content, encoding="bytes"))
 
 
-def test_arrays_are_read_only_views() -> None:
+def test_arrays_are_read_only() -> None:
     got = read_pickle(pickle.dumps(np.arange(5)), "x")
     assert not got.flags.writeable and not got.flags.owndata
+    got = read_pickle(pickle.dumps(np.arange(5).astype(">i8")), "x")
+    assert not got.flags.writeable and got.dtype.isnative and got.tolist() == [0, 1, 2, 3, 4]
 
 
 # Pickles: what is refused
@@ -367,9 +372,9 @@ def test_bombs(content: bytes, problem: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pickles, "LIMIT", 123_456)
     tracemalloc.start()
     try:
-        start = time.monotonic()
+        start = time.process_time()
         assert problem in message_of(lambda: read_pickle(content, "batch"))
-        assert time.monotonic() - start < 60
+        assert time.process_time() - start < 60
         assert tracemalloc.get_traced_memory()[1] < 20 * len(content) + (16 << 20)
     finally:
         tracemalloc.stop()
@@ -646,7 +651,7 @@ def test_a_gzip_bomb_is_inflated_no_further_than_it_says(tmp_path: Path) -> None
 
 
 class Watch:
-    """Limits of time and memory over all files, and that no warning gets out."""
+    """Limits of processor time and memory over all files, and that no warning gets out."""
 
     def __init__(self, seconds: float, mebibytes: float) -> None:
         self.seconds, self.bytes, self.slowest = seconds, mebibytes * 2**20, 0.0
@@ -656,22 +661,22 @@ class Watch:
         self.caught.__enter__()
         warnings.simplefilter("error")
         tracemalloc.start()
-        self.start = time.monotonic()
+        self.start = time.process_time()
         return self
 
     def read(self, read: Callable[[], Any]) -> Any:
         """The value, or the UserError; anything else is raised."""
-        start = time.monotonic()
+        start = time.process_time()
         try:
             return read()
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 500
             return error
         finally:
-            self.slowest = max(self.slowest, time.monotonic() - start)
+            self.slowest = max(self.slowest, time.process_time() - start)
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
-        taken, peak = time.monotonic() - self.start, tracemalloc.get_traced_memory()[1]
+        taken, peak = time.process_time() - self.start, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         self.caught.__exit__(kind, *rest)
         if kind is None:
@@ -734,6 +739,8 @@ class Restricted(pickle.Unpickler):
 
 def as_python(value: Any) -> Any:
     """A value of Python's own reader as ours makes it."""
+    if isinstance(value, np.ndarray):
+        return value.astype(value.dtype.newbyteorder("="))
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, bytearray):
@@ -745,7 +752,7 @@ def as_python(value: Any) -> Any:
 
 def plain(value: Any) -> bool:
     if isinstance(value, np.ndarray):
-        return type(value) is np.ndarray and value.dtype.kind in "biuf" and not value.dtype.hasobject
+        return type(value) is np.ndarray and value.dtype.kind in "biuf" and value.dtype.isnative
     if type(value) is dict:
         return all(type(key) in (str, bytes) and plain(part) for key, part in value.items())
     if type(value) in (list, tuple):
@@ -755,7 +762,7 @@ def plain(value: Any) -> bool:
 
 def test_fuzzed_pickles() -> None:
     accepted = []
-    with Watch(seconds=100, mebibytes=8) as watch:
+    with Watch(seconds=40, mebibytes=8) as watch:
         for content in mutants(pickle_files(), MUTANTS, seed=1, words=WORDS):
             got = watch.read(lambda content=content: read_pickle(content, "batch"))
             if not isinstance(got, UserError):
@@ -783,7 +790,7 @@ def test_fuzzed_records(tmp_path: Path) -> None:
     # No record has 8 bytes: the length of another and its checksum would do for its data.
     originals = {data: frame(data) for data in (*RECORDS[:2], b"third", b"a" * 40, b"\x00" * 9)}
     whole, path = 0, tmp_path / "a"
-    with Watch(seconds=100, mebibytes=8) as watch, rewritten(path) as write:
+    with Watch(seconds=40, mebibytes=8) as watch, rewritten(path) as write:
         for content in mutants(files, MUTANTS, seed=2):
             write(content)
             seen: list[bytes] = []
@@ -809,7 +816,7 @@ def test_fuzzed_examples() -> None:
     ]  # fmt: skip
     kinds = {bytes, float, int}
     accepted = 0
-    with Watch(seconds=100, mebibytes=8) as watch:
+    with Watch(seconds=40, mebibytes=8) as watch:
         files = [[bytes([byte]) for byte in record] for record in real] + [made]
         for content in mutants(files, MUTANTS, seed=3):
             got = watch.read(lambda content=content: read_example(content, "x"))
@@ -828,7 +835,7 @@ def test_fuzzed_idx(tmp_path: Path) -> None:
     packed = [[file[:3], file[3:10], file[10:-8], file[-8:-4], file[-4:]]
               for file in (gzip.compress(idx(IMAGES), mtime=0), gzip.compress(idx(LABELS), mtime=0))]  # fmt: skip
     accepted, path = 0, tmp_path / "a"
-    with Watch(seconds=100, mebibytes=8) as watch, rewritten(path) as write:
+    with Watch(seconds=40, mebibytes=8) as watch, rewritten(path) as write:
         for content in mutants(raw + packed, MUTANTS, seed=4):
             write(content)
             got = watch.read(lambda: read_idx(path))

@@ -101,8 +101,8 @@ def read_pickle(content: bytes, what: str) -> Any:
     """The value of a pickle of plain data; ``what`` is its name in messages.
 
     Strings of Python 2, keys of dicts too, are bytes: where a file may be of either Python, look for ``b"data"`` and
-    for ``"data"``. Arrays are read-only, mostly views of bytes of this function's. UserError for anything but plain
-    data, and for a file that is damaged, cut short or followed by something else.
+    for ``"data"``. Arrays are read-only and of the machine's byte order. UserError for anything but plain data, and for
+    a file that is damaged, cut short or followed by something else.
     """
     machine = Machine(content)
     try:
@@ -484,7 +484,7 @@ def latin(name: str | bytes) -> str:
 
 
 def array(machine: Machine, data: bytes, kind: Kind, shape: tuple[Any, ...], order: str = "C") -> np.ndarray:
-    """A view of bytes, whose number must be that of the shape."""
+    """Bytes as an array; their number must be that of the shape."""
     if kind.dtype is None:
         refuse("has an array of a dtype without a state")
     if len(shape) > AXES or any(type(size) is not int or size < 0 for size in shape):
@@ -495,7 +495,11 @@ def array(machine: Machine, data: bytes, kind: Kind, shape: tuple[Any, ...], ord
     machine.spend(len(data))
     if kind.name == "b1" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
         refuse("has an array of type b1 with other bytes than 0 and 1")
-    return np.ndarray(shape, kind.dtype, data, order="F" if order == "F" else "C")
+    value = np.ndarray(shape, kind.dtype, data, order="F" if order == "F" else "C")
+    if not kind.dtype.isnative:
+        value = value.astype(kind.dtype.newbyteorder("="))
+        value.flags.writeable = False
+    return value
 
 
 STOP = ord(".")
