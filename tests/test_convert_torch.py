@@ -344,6 +344,21 @@ def test_spoiled_trainers_files_are_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(said.value) and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("fields", "wanted"), [
+    ({"network.kind": "attention", "network.heads": (1, 2, 3)}, r"network.heads must be 1 whole.*got \(1, 2, 3\)"),
+    ({"network.head_features": ()}, r"network.head_features must be 1 whole number.*got \(\)"),
+    ({"network.head_features": (4, 8)}, r"network.head_features must be 1 whole number.*got \(4, 8\)"),
+    ({"network.head_features": (3,)}, "network.head_features must divide the channels where attention acts.*got 3"),
+    ({"network.frequency_shift": 16.0}, "frequency_shift must lie below half of network.channels = 32, got 16"),
+    ({"network.norm_eps": 0.0}, "network.norm_eps must be above 0, got 0.0"),
+])  # fmt: skip
+def test_heads_that_do_not_fit_are_refused_by_name(fields, wanted):
+    with pytest.raises(UserError, match=wanted):
+        build_model(change(preset("ddpm-digits"), fields), (1, 8, 8), 17)
+    with pytest.raises(UserError, match=r"network.head_features must divide network.channels = 32, got 5"):
+        change(preset("vdm-digits"), {"network.head_features": (5,)})
+
+
 def test_a_network_of_other_heads_at_every_resolution_is_built_again(tmp_path):
     """What ddp's Unet(full_attn=(True, False), attn_heads=(1, 2), attn_dim_head=(4, 6), init_dim=12) would leave."""
     fields = {"network.kind": "attention", "network.heads": (1, 2), "network.head_features": (4, 6),
@@ -688,7 +703,8 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     before = entries(tmp_path)
     for error in (OSError(28, "No space left on device"), SafetensorError("I/O error:\nNo space left on device")):
 
-        def fail(*_, _error=error, **__):
+        def fail(*given, _error=error, _save=UNet2DModel.save_pretrained, **more):
+            _save(*given, **more)
             raise _error
 
         with monkeypatch.context() as patched:
