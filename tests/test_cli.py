@@ -28,6 +28,7 @@ from nelbo.config import from_dict
 from nelbo.data import load
 from nelbo.presets import PRESETS, preset
 from nelbo.process import choose_waiting
+from nelbo.verbs import train as train_verb
 from tiny import change, entries, flags, tiny
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "100"}
@@ -76,15 +77,16 @@ def words(text: str) -> str:
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "fid", "report"])
+@pytest.mark.parametrize("verb", ["train", *cli.VERBS])
 def test_help_explains_every_field(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    cls = getattr(cli, verb.capitalize())
+    cls = train_verb.Train if verb == "train" else cli.VERBS[verb][0]
     with pytest.raises(SystemExit) as left:
         call(verb, *(["vdm-cifar10"] if verb == "train" else []), "--help")
     assert left.value.code == 0
     shown = words(capsys.readouterr().out)
     found = list(documented(cls))
-    assert len(found) >= {"train": 58, "evaluate": 16, "sample": 12, "fid": 24, "report": 3}[verb]
+    least = {"train": 58, "evaluate": 16, "sample": 12, "fid": 24, "report": 3, "data": 9, "share": 8, "export": 5}
+    assert len(found) >= least[verb]
     for option, text in found:
         assert text in shown, option
         assert option in shown or option in ("--run", "--runs", "--source")

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from nelbo.data import Batches, Dataset, baselines, load
-from nelbo.data.loader import permutation
 from nelbo.data.dataset import SPLITS
+from nelbo.data.loader import permutation
 from nelbo.data.sources import photo_crops
 from nelbo.errors import UserError
 

@@ -67,7 +67,8 @@ def test_readme_commands_parse(monkeypatch):
     called = []
     for verb in cli.VERBS:
         monkeypatch.setitem(cli.VERBS, verb, (cli.VERBS[verb][0], called.append))
-    monkeypatch.setattr(cli, "_train", lambda command, name: called.append(command))
+    monkeypatch.setattr(cli.train, "carry_out", lambda command, name: called.append(command))
+    monkeypatch.setattr(cli.convert, "carry_out", called.append)
     lines = re.findall(r"^ {4}(nelbo .*?)(?:  +.*)?$", (ROOT / "README.md").read_text(), re.M)
     assert len(lines) >= 5
     for line in lines:

@@ -26,6 +26,7 @@ from nelbo.data.loader import permutation
 from nelbo.errors import UserError
 from nelbo.extractors import SmallNet, as_extractor, load_extractor, spread
 from nelbo.shards import Shards
+from nelbo.verbs import fid as fid_verb
 from tiny import entries, flags, tiny
 
 STEPS = ("--steps", 3)
@@ -753,7 +754,7 @@ def test_inception_sees_grey_and_colour_only() -> None:
 
 
 def test_choices_are_those_of_the_command_line() -> None:
-    hints = cli.Fid.__annotations__
+    hints = fid_verb.Fid.__annotations__
     assert hints["extractor"].__args__ == tuple(extractors.EXTRACTORS)
     assert hints["method"].__args__ == (*samplers.METHODS, "ode")
     assert hints["spacing"].__args__ == tuple(samplers.SPACINGS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nelbo import cli, networks
+from nelbo import networks
 from nelbo.compose import build_model, noise_parameters
 from nelbo.config import (
     Config,
@@ -31,6 +31,7 @@ from nelbo.paths import PATHS, Straight, VariancePreserving
 from nelbo.pixels import DEQUANTIZATIONS
 from nelbo.schedules import BETAS, INTERIORS
 from nelbo.times import TIMES
+from nelbo.verbs import evaluate
 from toys import FLOAT, linear, polynomial, tensor
 
 SHAPE = (1, 2, 2)
@@ -198,8 +199,8 @@ def test_impossible_models_are_refused(made, levels, classes):
         (Config, "path", PATHS),
         (Config, "parameterization", PARAMETERIZATIONS),
         (DataConfig, "augment", AUGMENTATIONS),
-        (cli.Evaluate, "solver", METHODS),
-        (cli.Evaluate, "dequantization", {*DEQUANTIZATIONS, "own"}),
+        (evaluate.Evaluate, "solver", METHODS),
+        (evaluate.Evaluate, "dequantization", {*DEQUANTIZATIONS, "own"}),
     ],
 )
 def test_the_choices_of_the_configuration_are_those_of_the_registries(owner, field, registry):

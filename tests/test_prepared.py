@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import struct
@@ -436,11 +437,26 @@ def test_a_piece_that_fails_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 
 def test_another_source_does_not_go_on_from_old_pieces(tmp_path: Path) -> None:
-    half = numbered(200, origin={"wait": 1})
+    first = Plan("numbers", (Piece("train", "a", partial(numbers, 100, 150)),), 256, "numbers", origin={"bytes": 1})
     with pytest.raises(UserError):
-        prepare(replace(half, counts={"train": 7}), tmp_path / "set", 1)
-    found = open_prepared(prepare(numbered(180), tmp_path / "set", 1))
-    assert sum(len(found.images[split]) for split in found.images) == 180
+        prepare(replace(first, counts={"train": 7}), tmp_path / "set", 1)
+    second = replace(first, pieces=(Piece("train", "a", partial(numbers, 0, 50)),), origin={"bytes": 2})
+    found = open_prepared(prepare(second, tmp_path / "set", 1))
+    assert max(labels.max() for labels in found.labels.values()) == 49  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("most", [700, 12_000])  # of a piece's file, of a split's
+def test_a_full_disk(tmp_path: Path, most: int) -> None:
+    """Files may not grow beyond some bytes, which fails as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        message = message_of(lambda: prepare(numbered(), tmp_path / "set", 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith(f"cannot write {tmp_path / 'set'}") and "what was complete before is kept" in message
+    assert not (tmp_path / "set").exists()
+    verify(prepare(numbered(), tmp_path / "set", 1))
 
 
 def test_what_cannot_be_prepared(tmp_path: Path) -> None:

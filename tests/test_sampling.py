@@ -25,6 +25,7 @@ from nelbo.draws import Draws
 from nelbo.errors import UserError
 from nelbo.sampling import Settings, read_shards, sample_to_shards
 from nelbo.shards import Shards
+from nelbo.verbs import sample
 from tiny import entries, files, flags, tiny
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -169,10 +170,10 @@ def test_what_a_schedule_that_reads_the_image_has_not(
 
 
 def test_the_command_line_names_the_library_s_choices() -> None:
-    choices = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(cli.Sample).items()}
+    choices = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(sample.Sample).items()}
     assert choices["method"] == (*samplers.METHODS, "ode") and choices["spacing"] == tuple(samplers.SPACINGS)
     fields = {f.name: f.default for f in dataclasses.fields(Settings)}
-    assert {name: getattr(cli.Sample, name) for name in fields} == fields
+    assert {name: getattr(sample.Sample, name) for name in fields} == fields
 
 
 # Between two images --------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from nelbo import checkpoints, cli, evaluation, fid, pictures, sharing
 from nelbo.errors import UserError
 from nelbo.resolve import resolve
 from nelbo.training import train
+from nelbo.verbs import share
 from test_cli import documented, words
 from test_docs import ROOT, snippets
 from tiny import entries, files, tiny
@@ -641,7 +642,7 @@ def test_help_explains_every_field(capsys):
         call("share", "--help")
     assert left.value.code == 0
     shown = words(capsys.readouterr().out)
-    for option, text in documented(cli.Share):
+    for option, text in documented(share.Share):
         assert text in shown and (option in shown or option == "--run"), option
 
 
@@ -664,7 +665,8 @@ def test_the_page_runs(trained, tmp_path, hub, monkeypatch, capsys):
     called = []
     for verb in cli.VERBS:
         monkeypatch.setitem(cli.VERBS, verb, (cli.VERBS[verb][0], called.append))
-    monkeypatch.setattr(cli, "_train", lambda command, name: called.append(command))
+    monkeypatch.setattr(cli.train, "carry_out", lambda command, name: called.append(command))
+    monkeypatch.setattr(cli.convert, "carry_out", called.append)
     lines = re.findall(r"^ {4}(nelbo .*?)(?:  +.*)?$", (ROOT / "docs/sharing.md").read_text(), re.M)
     for line in lines:
         cli.run(shlex.split(line)[1:])

@@ -131,7 +131,7 @@ DATA = {
 # Where a file leaves no choice that matters. MuLAN's and i-DODE's do not say whether they estimate noise or velocity.
 DEFAULT_PRESETS = {
     "vdm": "vdm-cifar10",
-    "addtt": "ddpm-cifar10",
+    "addtt": "vdm-cifar10",
     "denoising-diffusion-pytorch": "ddpm-cifar10",
     "diffusers": "ddpm-cifar10",
 }

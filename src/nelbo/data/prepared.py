@@ -16,7 +16,7 @@ import mmap
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -150,13 +150,27 @@ def _keep(piece: Piece, part: Path, number: int) -> None:
             continue
         aside = path.with_name(f".{path.name}")
         try:
-            with open(aside, "wb") as file:
-                np.save(file, values if values.dtype == np.uint8 else values.astype(np.int64))
-                file.flush()
-                os.fsync(file.fileno())
+            _save(aside, values.shape, [values if values.dtype == np.uint8 else values.astype(np.int64)])
             os.replace(aside, path)
         except OSError as error:
             raise checkpoints.cannot_write(error, path) from error
+
+
+def _save(path: Path, shape: tuple[int, ...], chunks: Iterable[np.ndarray]) -> None:
+    """A .npy file of the shape whose rows the chunks hold.
+
+    Not by numpy: on a full disk its save leaves a file cut short and says nothing, and writing to a map ends the
+    process.
+    """
+    with open(path, "wb") as file:
+        for i, chunk in enumerate(chunks):
+            if i == 0:
+                kind = np.lib.format.dtype_to_descr(chunk.dtype)
+                header = {"descr": kind, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(chunk).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _finish(plan: Plan, part: Path) -> None:
@@ -205,25 +219,21 @@ def _chunks(arrays: list[np.ndarray], size: int = 4096) -> Iterator[np.ndarray]:
 
 
 def _write(path: Path, parts: list[np.ndarray], rows: np.ndarray | None, grey: bool) -> None:
-    """One array of all parts, or of those rows of them, 4096 rows in memory at a time. Not through a map: a full disk
-    would end the process."""
-    total, shape = sum(map(len, parts)) if rows is None else len(rows), list(parts[0].shape[1:])
-    if grey:
-        shape[0] = 1
-    header = {"descr": np.lib.format.dtype_to_descr(parts[0].dtype), "fortran_order": False, "shape": (total, *shape)}
-    first = 0
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+    """One array of all parts, or of those rows of them, 4096 rows in memory at a time."""
+
+    def chunks() -> Iterator[np.ndarray]:
+        first = 0
         for part in parts:
             for start in range(0, len(part), 4096):
                 chunk = part[start : start + 4096]
                 if rows is not None:
                     low, high = np.searchsorted(rows, (first + start, first + start + len(chunk)))
                     chunk = chunk[rows[low:high] - first - start]
-                file.write(np.ascontiguousarray(chunk[:, :1] if grey else chunk).data)
+                yield chunk[:, :1] if grey else chunk
             first += len(part)
-        file.flush()
-        os.fsync(file.fileno())
+
+    total, shape = sum(map(len, parts)) if rows is None else len(rows), list(parts[0].shape[1:])
+    _save(path, (total, 1, *shape[1:]) if grey else (total, *shape), chunks())
 
 
 def _digest(path: Path) -> dict[str, Any]:
