@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import nelbo
 from nelbo import cli
 from nelbo.data import load, official, prepared
 from nelbo.data.dataset import content_hash, cut_rows
@@ -536,6 +537,18 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path, limit: int, enough: b
         cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     assert (found.stdout.strip() == "96000") == enough, found.stderr
+
+
+def test_a_model_reads_mapped_images_without_a_word(tmp_path: Path) -> None:
+    """torch warns of arrays that cannot be written, and here a warning is an error. The figures are those of a copy."""
+    images = colours(30, 8)
+    np.save(tmp_path / "a.npy", images)
+    mapped = open_prepared(prepare(file_plan(tmp_path / "a.npy"), tmp_path / "set", 1)).images["test"]
+    model = nelbo.build("vdm-digits", (3, 8, 8), 256)
+    for measure in (partial(nelbo.likelihood.vlb, times_per_shift=2), partial(nelbo.likelihood.ode, least_steps=4)):
+        assert measure(model, mapped[:2]).mean == measure(model, np.array(mapped[:2])).mean
+    one, two = (nelbo.elbo(model, x).total.mean().item() for x in (mapped, np.array(mapped)))
+    assert one == two
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -253,13 +253,13 @@ def shards_of(run: Path, out: Path, *options: object) -> int:
 def counted(patch: pytest.MonkeyPatch) -> list[range]:
     """The samples that are drawn from now on."""
     drawn: list[range] = []
-    original = sampling._draw
+    original = sampling.draw
 
     def draw(model: Any, settings: Settings, numbers: range, *rest: Any) -> np.ndarray:
         drawn.append(numbers)
         return original(model, settings, numbers, *rest)
 
-    patch.setattr(sampling, "_draw", draw)
+    patch.setattr(sampling, "draw", draw)
     return drawn
 
 
@@ -413,7 +413,7 @@ def test_one_shard_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         most = max(most, sum(len(a) for r in alive if (a := r()) is not None))
         return images
 
-    monkeypatch.setattr(sampling, "_draw", draw)
+    monkeypatch.setattr(sampling, "draw", draw)
     sample_to_shards(Model(), tmp_path, Settings(count=200, batch=5, shard=20), {})  # type: ignore[arg-type]
     assert most <= 40 and len(alive) == 40
     reader = read_shards(tmp_path)
@@ -430,7 +430,7 @@ torch.set_num_threads(1)
 from nelbo import sampling
 from test_sampling import Model, noise
 
-sampling._draw = noise
+sampling.draw = noise
 place, operation = Path({place!r}), 0
 
 def live(folder, last):

@@ -100,7 +100,7 @@ def elbo(model: DiffusionModel, images: Any, labels: Any = None, *, steps: int =
 
     Times are stratified over the batch. ``seed`` and an image's place in the batch key the draw.
     """
-    images = torch.as_tensor(images, device=model.device)
+    images = pixels.as_tensor(images).to(model.device)
     pixels.check_images(images, model.shape, model.levels)
     n = len(images)
     shift = Draws(seed, [0], 0, model.device).uniform("time")

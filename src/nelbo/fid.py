@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from nelbo import checkpoints, metrics, samplers, sampling
+from nelbo import checkpoints, metrics, sampling
 from nelbo.data import Dataset, load
 from nelbo.data.dataset import SPLITS
 from nelbo.data.files import read_images
@@ -260,16 +260,10 @@ def draw(model: DiffusionModel, how: sampling.Settings, progress: Callable[[int]
     if progress is not None:
         progress(0)
     for first in range(0, how.count, how.batch):
-        size = min(how.batch, how.count - first)
-        if how.method == "ode":
-            drawn, flow = samplers.sample_ode(model, size, rtol=how.rtol, atol=how.atol, seed=how.seed, first=first)
-            if not flow.solution.success:
-                raise UserError(flow.solution.advice)
-        else:
-            drawn = samplers.sample(model, size, seed=how.seed, first=first, **how.chain)
-        images.append(drawn.cpu().numpy())
+        numbers = range(first, min(first + how.batch, how.count))
+        images.append(sampling.draw(model, how, numbers))
         if progress is not None:
-            progress(first + size)
+            progress(numbers.stop)
     return np.concatenate(images)
 
 

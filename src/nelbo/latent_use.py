@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo import pixels
 from nelbo.draws import Draws
 from nelbo.model import DiffusionModel
 
@@ -99,7 +100,7 @@ def latent_use(
     """
     if model.latent is None and not model.schedule_reads_image:
         return None
-    chosen = torch.as_tensor(images)[:limit].to(model.device)
+    chosen = pixels.as_tensor(images)[:limit].to(model.device)
     if len(chosen) < 2 or draws < 2:
         raise ValueError(f"the spread needs at least 2 images and 2 draws, got {len(chosen)} and {draws}")
     label_tensor = None if labels is None else torch.as_tensor(labels)[:limit].to(model.device)

@@ -214,7 +214,7 @@ def vlb(
     """
     if times_per_shift < 1 or shifts < 1:
         raise ValueError(f"times_per_shift and shifts must be at least 1, got {times_per_shift} and {shifts}")
-    images = torch.as_tensor(images)
+    images = pixels.as_tensor(images)
     pixels.check_images(images, model.shape, model.levels)
     n, per_image = len(images), times_per_shift * shifts
     index = np.arange(n) if index is None else np.asarray(index)
@@ -329,7 +329,7 @@ def ode(
         raise ValueError(f"samples, replicates and probes must be at least 1, got {samples}, {replicates}, {probes}")
     if trace not in ("exact", "rademacher", "gaussian"):
         raise ValueError(f"trace must be exact, rademacher or gaussian, got {trace!r}")
-    images = torch.as_tensor(images)
+    images = pixels.as_tensor(images)
     pixels.check_images(images, model.shape, model.levels)
     n, per_image = len(images), replicates * samples
     index = np.arange(n) if index is None else np.asarray(index)

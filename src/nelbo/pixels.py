@@ -30,6 +30,7 @@ from L.
 """
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ __all__ = [
     "DEQUANTIZATIONS",
     "Dequantization",
     "Dequantized",
+    "as_tensor",
     "bin_log_likelihood",
     "bits_per_dim",
     "check_images",
@@ -49,6 +51,13 @@ __all__ = [
     "level_log_probs",
     "log_likelihood",
 ]
+
+
+def as_tensor(images: Any) -> Tensor:
+    """Images as a tensor that shares their memory; those of a mapped file too, which are only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(images)
 
 
 def check_images(images: Tensor, shape: tuple[int, ...], levels: int) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "Between",
     "Settings",
     "check",
+    "draw",
     "interpolate_to_files",
     "name_of",
     "read_shards",
@@ -185,7 +186,7 @@ def name_of(settings: Settings, source: Source, weights: str, between: Between |
 # Samples -------------------------------------------------------------------------------------------------------------
 
 
-def _draw(
+def draw(
     model: DiffusionModel, settings: Settings, numbers: range, seen: Callable[[int, Tensor, Tensor], None] | None = None
 ) -> np.ndarray:
     """The samples of these numbers, (n, C, H, W) uint8."""
@@ -226,7 +227,7 @@ def sample_to_files(
     images = []
     progress(0)
     for numbers in _batches(range(settings.count), settings.batch):
-        images.append(_draw(model, settings, numbers, seen))
+        images.append(draw(model, settings, numbers, seen))
         progress(numbers.stop)
     kept = np.stack(trajectory) if trajectory else None
     return pictures.save_samples(stem, np.concatenate(images), model.levels, kept, grid[moments + 1].numpy())
@@ -256,7 +257,7 @@ def sample_to_shards(
         for i in missing:
             images = []
             for numbers in _batches(shards.numbers(i), settings.batch):
-                images.append(_draw(model, settings, numbers))
+                images.append(draw(model, settings, numbers))
                 done += len(numbers)
                 progress(done)
             shards.write(i, np.concatenate(images))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nelbo import pixels
 from nelbo.draws import Draws
 from nelbo.latent_use import gamma_at
 from nelbo.model import DiffusionModel
@@ -52,7 +53,7 @@ def schedule_view(
     if model.schedule_reads_image:
         if images is None:
             return None
-        x = model.reals(torch.as_tensor(images)[:draws].to(model.device))
+        x = model.reals(pixels.as_tensor(images)[:draws].to(model.device))
         draws = len(x)
         curve = model.schedule.given(x.flatten(1))
     elif model.latent is None or not model.schedule_sees_latent:
