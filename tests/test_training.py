@@ -373,7 +373,7 @@ def test_every_step_has_its_own_images_and_its_own_dropout(tmp_path: Path, monke
     def spy(self: Loss, batch: Any, part: slice, step: int) -> objectives.Terms:
         layer = next(m for m in self.model.network.modules() if isinstance(m, torch.nn.Dropout))
         hook = layer.register_forward_hook(lambda module, inputs, out: dropped.append((out == 0).float()))
-        seen.extend(batch.index[part].tolist())
+        seen.extend(batch.index.tolist())  # a part of the batch already
         try:
             return forward(self, batch, part, step)
         finally:
