@@ -1,10 +1,10 @@
 """Write checkpoints of reference cases with flax and optax themselves: python tests/flax/make.py [FOLDER]
 
 Without a folder, the two fixtures beside this file; with one, ckpt-N.flax of every case below, as large as they are.
-Needs jax, flax, optax and the reference cases in ../reference. The states are those of the three projects: step,
-params, ema_params, opt_state; MuLAN's optimizer is one AdamW for score_model and one for the rest, each masked, the
-others' a single one, in i-DODE perhaps after clipping and within optax.MultiSteps. clu writes flax.serialization's
-bytes, and so do flax's own checkpoints without orbax, which is checked here.
+Needs jax, flax, optax, clu, tensorflow-cpu (which clu writes with) and the reference cases in ../reference. The states
+are those of the three projects: step, params, ema_params, opt_state; MuLAN's optimizer is one AdamW for score_model and
+one for the rest, each masked, the others' a single one, in i-DODE perhaps after clipping and within optax.MultiSteps. clu writes flax.serialization's
+bytes, and so do flax's own checkpoints without orbax; both are checked here.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from clu import checkpoint
 from flax.training import checkpoints
 from jax import numpy as jnp
 
@@ -87,12 +88,15 @@ def state(name: str) -> TrainState:
 
 
 def write(tree: Any) -> bytes:
-    """The bytes of flax.serialization, which flax's checkpoint without orbax must hold too."""
+    """The bytes of flax.serialization, which the checkpoints of clu, and of flax without orbax, must hold too."""
     content = serialization.to_bytes(tree)
     flax.config.update("flax_use_orbax_checkpointing", False)
     with tempfile.TemporaryDirectory() as folder:
         path = checkpoints.save_checkpoint(folder, tree, 1)
         assert Path(path).read_bytes() == content, "flax's checkpoint differs from its serialization"
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.Checkpoint(folder).save(tree)
+        assert (Path(folder) / "ckpt-1.flax").read_bytes() == content, "clu's checkpoint differs from it"
     return content
 
 
