@@ -3,8 +3,8 @@
 Without a folder, the two fixtures beside this file; with one, ckpt-N.flax of every case below, as large as they are.
 Needs jax, flax, optax, clu, tensorflow-cpu (which clu writes with) and the reference cases in ../reference. The states
 are those of the three projects: step, params, ema_params, opt_state; MuLAN's optimizer is one AdamW for score_model and
-one for the rest, each masked, the others' a single one, in i-DODE perhaps after clipping and within optax.MultiSteps. clu writes flax.serialization's
-bytes, and so do flax's own checkpoints without orbax; both are checked here.
+one for the rest, each masked, the others' a single one, in i-DODE perhaps after clipping and within optax.MultiSteps.
+clu writes flax.serialization's bytes, and so do flax's own checkpoints without orbax; both are checked here.
 """
 
 import json
