@@ -22,9 +22,9 @@ import reference_odes
 import test_reference
 from nelbo import checkpoints, convert, objectives, pixels
 from nelbo.cli import main
+from nelbo.config import Config, DataConfig
 from nelbo.convert import flax_msgpack
 from nelbo.convert.flax_checkpoints import channels_first, unflatten
-from nelbo.data import load
 from nelbo.errors import UserError
 from nelbo.presets import PRESETS, preset
 from nelbo.resolve import resolve
@@ -654,9 +654,12 @@ def test_moments_of_another_form_are_left_out_and_it_is_said(tmp_path, capsys, s
 
 def test_what_is_known_of_the_presets_data_sets_is_so():
     sources = {preset(name).data.source for name in PRESETS}
-    assert sources <= convert.DATA.keys()
-    for name in ("digits", "photos32"):
-        assert convert.DATA[name] == (load(name).shape, load(name).levels)
+    sizes = {"digits": ((1, 8, 8), 17), "photos32": ((3, 32, 32), 256), "fashion-mnist": ((1, 28, 28), 256)}
+    sizes |= {name: ((3, 32, 32), 256) for name in ("cifar10", "imagenet32-old", "imagenet32-new")}
+    sizes |= {"imagenet64": ((3, 64, 64), 256)}
+    assert sources <= sizes.keys()
+    for name, size in sizes.items():
+        assert convert.known_images(Config(data=DataConfig(name))) == size
 
 
 def test_images_of_another_data_set_are_not_taken_for_the_presets(tmp_path):

@@ -214,6 +214,14 @@ def test_the_real_fashion_mnist(tmp_path: Path) -> None:
     assert abs(float(np.concatenate([found.images["train"], found.images["validation"]]).mean()) - 72.9404) < 1e-4
 
 
+def test_published_shapes_are_held(tmp_path: Path) -> None:
+    for part, count in (("train", 30), ("t10k", 10)):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(np.zeros((count, 8, 8), np.uint8)))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.zeros(count, np.uint8)))
+    message = message_of(lambda: ready("fashion-mnist", tmp_path, tmp_path / "set"))
+    assert message == "images of fashion-mnist-unofficial must be (C, H, W) = (1, 28, 28), got (1, 8, 8)"
+
+
 IMAGENET = [(colours(3), RNG.integers(1, 1001, 3)) for _ in range(11)]
 PARTS = [f"train_data_batch_{i}" for i in range(1, 11)] + ["val_data"]
 

@@ -33,6 +33,7 @@ __all__ = [
     "read_checkpoint",
     "read_json",
     "read_run",
+    "read_tensors",
     "save_checkpoint",
     "to_json",
     "write_aside",
@@ -258,26 +259,32 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 def load_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """The tensors of one file of a checkpoint, after its size and SHA-256 were checked."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     path = checkpoint.path / name
     expected = checkpoint.meta["files"].get(name)
     if expected is None:
         raise UserError(f"{checkpoint.path} has no {name}; it holds {', '.join(checkpoint.meta['files'])}")
+    advice = "use another checkpoint, or remove that folder to go on from the one before"
+    return read_tensors(path, expected, str(path), f"that were written with its checksum; {advice}")
+
+
+def read_tensors(path: Path, expected: dict[str, Any], name: str, why: str) -> dict[str, Any]:
+    """The tensors of a safetensors file of the size and SHA-256 expected; ``name`` for people, ``why``: where they are
+    from, and what to do where the file has others."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
     if len(content) != expected["bytes"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise UserError(
-            f"{path} is truncated or was changed: {len(content)} bytes, and not the {expected['bytes']} that were "
-            "written with its checksum; use another checkpoint, or remove that folder to go on from the one before"
+            f"{name} is truncated or was changed: {len(content)} bytes, and not the {expected['bytes']} {why}"
         )
     try:
         return load(content)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a safetensors file ({error})") from None
+        raise UserError(f"{name} is not a safetensors file ({error})") from None
 
 
 def save_checkpoint(run: Path, tensors: dict[str, dict[str, Any]], meta: dict[str, Any], keep: int) -> Checkpoint:

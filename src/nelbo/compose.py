@@ -15,7 +15,7 @@ from nelbo.model import DiffusionModel, Reverse
 from nelbo.parameterizations import PARAMETERIZATIONS
 from nelbo.paths import PATHS
 
-__all__ = ["build_model", "noise_parameters", "table_model"]
+__all__ = ["build_model", "noise_parameters", "parameters_by_part", "table_model"]
 
 
 def fourier_exponents(config: Config, levels: int) -> tuple[float, ...]:
@@ -214,3 +214,12 @@ def table_model(
 def noise_parameters(model: DiffusionModel) -> set[str]:
     """Names of the parameters that make the noise: those of schedule and encoder."""
     return {name for name, _ in model.named_parameters() if name.startswith(("schedule.", "encoder."))}
+
+
+def parameters_by_part(model: DiffusionModel) -> dict[str, int]:
+    """How many parameters each part has: network, schedule, encoder."""
+    parts = dict[str, int]()
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts

@@ -63,23 +63,9 @@ class Shared:
 
     def tensors(self) -> dict[str, Any]:
         """The weights, after size and SHA-256 were checked; UserError where they are not those that were shared."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        path, expected = self.folder / WEIGHTS, self.record["files"][WEIGHTS]
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {WEIGHTS} of {self.name}: {error.strerror}") from None
-        if len(content) != expected["bytes"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
-            raise UserError(
-                f"{WEIGHTS} of {self.name} is truncated or was changed: {len(content)} bytes, and not the "
-                f"{expected['bytes']} of the checksum in {CONFIG}; fetch or share it again"
-            )
-        try:
-            return load(content)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise UserError(f"{WEIGHTS} of {self.name} is not a safetensors file ({error})") from None
+        expected = self.record["files"][WEIGHTS]
+        why = f"of the checksum in {CONFIG}; fetch or share it again"
+        return checkpoints.read_tensors(self.folder / WEIGHTS, expected, f"{WEIGHTS} of {self.name}", why)
 
     def model(self, device: Any = "cpu") -> Any:
         """The DiffusionModel, in evaluation mode; every tensor's name and shape must be the configuration's."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nelbo import checkpoints, likelihood, pictures, pixels, samplers, times
-from nelbo.compose import build_model, noise_parameters
+from nelbo.compose import build_model, noise_parameters, parameters_by_part
 from nelbo.config import Config, refuse_changes, to_dict
 from nelbo.data import Batches, Dataset, load
 from nelbo.data.loader import Batch
@@ -196,10 +196,7 @@ class Trainer:
 
     def description(self) -> dict[str, Any]:
         """What run.json says of the data and the model."""
-        data, parts = self.data, dict[str, int]()
-        for name, parameter in self.model.named_parameters():
-            part = name.split(".")[0]
-            parts[part] = parts.get(part, 0) + parameter.numel()
+        data, parts = self.data, parameters_by_part(self.model)
         return {
             "data": {
                 "name": data.name,

@@ -6,6 +6,8 @@ takes ``images`` too, what the user said of it. Reading never executes code.
 """
 
 import importlib
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -53,7 +55,7 @@ def write_run(converted: Converted, out: Path, preset: str = "") -> Path:
 
     UserError where the weights do not fit the configuration's model, or ``out`` holds something.
     """
-    from nelbo.compose import build_model
+    from nelbo.compose import build_model, parameters_by_part
     from nelbo.devices import versions
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -66,21 +68,11 @@ def write_run(converted: Converted, out: Path, preset: str = "") -> Path:
     tensors = {file: converted.weights.get(kind, either) for kind, file in checkpoints.WEIGHTS.items()}
     if converted.optimizer is not None:
         tensors[checkpoints.OPTIMIZER] = converted.optimizer
-    parts = dict[str, int]()
-    for name, parameter in model.named_parameters():
-        parts[name.split(".")[0]] = parts.get(name.split(".")[0], 0) + parameter.numel()
-    source = config.data.source
-    images = converted.step * config.training.batch
+    parts, source = parameters_by_part(model), config.data.source
     meta = {
-        "step": converted.step,
-        "images": images,
-        "seconds": 0.0,
-        "best": None,
-        "window": {},
-        "versions": versions(),
-    }
-    checkpoints.make_folder(out)
-    checkpoints.save_checkpoint(out, tensors, meta, 1)
+        "step": converted.step, "images": converted.step * config.training.batch, "seconds": 0.0, "best": None,
+        "window": {}, "versions": versions(),
+    }  # fmt: skip
     data = {
         "name": source, "version": "unknown", "shape": list(shape), "levels": levels, "classes": converted.classes,
         "description": f"{source}, as the configuration says: the checkpoint does not hold what it was trained on",
@@ -90,21 +82,34 @@ def write_run(converted: Converted, out: Path, preset: str = "") -> Path:
         "parameters": sum(parts.values()), "parameters_by_part": parts, "init": None, "versions": versions(),
         "threads": None, "created": datetime.now(UTC).isoformat(timespec="seconds"), "converted": converted.origin,
     }  # fmt: skip
-    checkpoints.write_json(out / "run.json", record)
+    aside = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        try:
+            checkpoints.save_checkpoint(aside, tensors, meta, 1)
+            checkpoints.write_json(aside / "run.json", record)
+            os.replace(aside, out)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise checkpoints.cannot_write(error, out) from error
     return out
 
 
 def known_images(base: Config) -> tuple[tuple[int, int, int], int] | None:
     """Shape (C, H, W) and grey levels of the data set that a configuration names, where it is known or is a file here.
 
-    Named sets are not loaded: they need not be on this machine.
+    Official sets are not loaded: they need not be on this machine.
     """
-    source = base.data.source
-    if source in DATA:
-        return DATA[source]
-    if not Path(source).expanduser().exists():
-        return None
     from nelbo.data import load
+    from nelbo.data.official import LEVELS, OFFICIAL
+    from nelbo.data.sources import SOURCES
+
+    source = base.data.source
+    if source in OFFICIAL:
+        return OFFICIAL[source].shape, LEVELS
+    if source not in SOURCES and not Path(source).expanduser().exists():
+        return None
 
     data = load(source)
     return data.shape, data.levels
@@ -119,15 +124,6 @@ def converter(kind: str) -> Callable[[Path, Config], Converted]:
     return found
 
 
-DATA = {
-    "digits": ((1, 8, 8), 17),
-    "photos32": ((3, 32, 32), 256),
-    "fashion-mnist": ((1, 28, 28), 256),
-    "cifar10": ((3, 32, 32), 256),
-    "imagenet32-old": ((3, 32, 32), 256),
-    "imagenet32-new": ((3, 32, 32), 256),
-    "imagenet64": ((3, 64, 64), 256),
-}
 # Where a file leaves no choice that matters. MuLAN's and i-DODE's do not say whether they estimate noise or velocity.
 DEFAULT_PRESETS = {
     "vdm": "vdm-cifar10",

@@ -5,7 +5,7 @@ their validation split is test, as papers use it. What is missing then is cut ou
 """
 
 import io
-import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,14 @@ def hub_plan(source: str, resize: Resize | None = None) -> Plan:
         splits["test"] = splits.pop("validation")
         note = "; test is its validation set"
     pieces = tuple(
-        Piece(split, f"{name} from {i}", partial(_rows, source, name, i, i + ROWS, image, label, resize))
+        Piece(
+            split,
+            f"{name} from {i} of {Path(file).name}",
+            partial(_rows, source, file, i, i + ROWS, image, label, resize),
+        )
         for split, name in splits.items()
-        for i in range(0, len(tables[name]), ROWS)
+        for file, count in _files(tables[name])
+        for i in range(0, count, ROWS)
     )
     prints = {name: tables[name]._fingerprint for name in splits.values()}
     origin = {"hub": source, "fingerprints": prints, "resize": None if resize is None else resize.words}
@@ -82,17 +87,24 @@ def _columns(source: str, table: Any) -> tuple[str, str | None]:
     return images[0], labels[0] if len(labels) == 1 else None
 
 
+def _files(table: Any) -> Iterator[tuple[str, int]]:
+    """The files in the library's cache that a split lies in, and how many rows each has."""
+    import datasets
+
+    for entry in table.cache_files:
+        yield entry["filename"], len(datasets.Dataset.from_file(entry["filename"]))
+
+
 def _rows(
-    source: str, split: str, start: int, stop: int, image: str, label: str | None, resize: Resize | None
+    source: str, file: str, start: int, stop: int, image: str, label: str | None, resize: Resize | None
 ) -> Images:
     import datasets
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the process before this one has fetched everything
-    table = _load(source)[split]
+    table = datasets.Dataset.from_file(file)
     table = table.select(range(start, min(stop, len(table)))).cast_column(image, datasets.Image(decode=False))
     images: list[np.ndarray] = []
     for i, row in enumerate(table):
-        what = f"image {start + i} of {split} of {source}"
+        what = f"image {start + i} of {Path(file).name} of {source}"
         said = row[image]
         if said is None or (said["bytes"] is None and said["path"] is None):
             raise UserError(f"{what} is missing")

@@ -25,8 +25,9 @@ from nelbo.data import archives
 from nelbo.data.prepared import Piece, Plan
 from nelbo.errors import UserError
 
-__all__ = ["OFFICIAL", "Official", "data_home", "official_plan"]
+__all__ = ["LEVELS", "OFFICIAL", "Official", "data_home", "official_plan"]
 
+LEVELS = 256  # of every one of them
 Show = Callable[[str, int, int], None]  # file, bytes, bytes in all or 0
 
 
@@ -45,12 +46,13 @@ class File:
 class Official:
     """A named data set.
 
-    ``about``, in words; ``counts`` of the source's splits; ``cut``: how many images become a split that it has not;
-    ``kits``: alternatives, any one of which holds everything; ``pieces(kit, paths)``; ``hint``: how to come by files
-    that cannot be fetched; ``installed``: folders where a system's package puts them.
+    ``about``, in words; ``shape`` (C, H, W) of an image; ``counts`` of the source's splits; ``cut``: how many images
+    become a split that it has not; ``kits``: alternatives, any one of which holds everything; ``pieces(kit, paths)``;
+    ``hint``: how to come by files that cannot be fetched; ``installed``: folders where a system's package puts them.
     """
 
     about: str
+    shape: tuple[int, int, int]
     counts: Mapping[str, int]
     cut: Mapping[str, int]
     kits: Mapping[str, tuple[File, ...]]
@@ -85,7 +87,8 @@ def official_plan(
                 )
             origin["files"][path.name] = {"bytes": path.stat().st_size, "checksum": checksum}
     return Plan(
-        name=f"{name}-unofficial" if unofficial else name, levels=256, about=known.about, origin=origin,
+        name=f"{name}-unofficial" if unofficial else name, levels=LEVELS, shape=known.shape, about=known.about,
+        origin=origin,
         pieces=known.pieces(kit, [path for paths in found for path in paths]),
         counts={} if unofficial else known.counts, cut=None if unofficial else known.cut,
     )  # fmt: skip
@@ -201,6 +204,7 @@ def _old(size: int, train: str, valid: str) -> Official:
     records = "downsampled_imagenet-{}.tfrecord-*-of-*"
     return Official(
         about=OLD.format(size),
+        shape=(3, size, size),
         counts=OLD_COUNTS,
         cut={"validation": 10_000},
         kits={
@@ -217,6 +221,7 @@ def _old(size: int, train: str, valid: str) -> Official:
 OFFICIAL: dict[str, Official] = {
     "cifar10": Official(
         about="CIFAR-10, 10 classes; test is the official one",
+        shape=(3, 32, 32),
         counts={"train": 50_000, "test": 10_000},
         cut={"validation": 5000},
         kits={
@@ -248,6 +253,7 @@ OFFICIAL: dict[str, Official] = {
     ),
     "fashion-mnist": Official(
         about="Zalando's Fashion-MNIST, 10 classes; test is the official one",
+        shape=(1, 28, 28),
         counts={"train": 60_000, "test": 10_000},
         cut={"validation": 5000},
         kits={
@@ -272,6 +278,7 @@ OFFICIAL: dict[str, Official] = {
     ),
     "imagenet32-new": Official(
         about=NEW.format(32),
+        shape=(3, 32, 32),
         counts=NEW_COUNTS,
         cut={"validation": 10_000},
         kits={

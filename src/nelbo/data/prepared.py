@@ -49,9 +49,10 @@ class Piece:
 class Plan:
     """What a data set is made of.
 
-    ``counts``: images that each of the source's splits must have, where that is known; ``cut``: images that become a
-    split which the source has not, or None for a tenth of train each; ``about``: what it is, in words; ``origin``:
-    files and checksums, for the record; ``grey``: keep one channel where all images are grey in every pixel.
+    ``counts``: images that each of the source's splits must have, and ``shape``: theirs, (C, H, W), where they are
+    known; ``cut``: images that become a split which the source has not, or None for a tenth of train each; ``about``:
+    what it is, in words; ``origin``: files and checksums, for the record; ``grey``: keep one channel where all images
+    are grey in every pixel.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Plan:
     levels: int
     about: str
     counts: Mapping[str, int] = field(default_factory=dict)
+    shape: tuple[int, int, int] | None = None
     cut: Mapping[str, int] | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
     grey: bool = False
@@ -184,6 +186,8 @@ def _finish(plan: Plan, part: Path) -> None:
                 f"all images of {plan.name} must have one shape (C, H, W): {plan.pieces[0].name} has "
                 f"{arrays[0].shape[1:]}, {piece.name} {arrays[i].shape[1:]}"
             )
+    if plan.shape not in (None, arrays[0].shape[1:]):
+        raise UserError(f"images of {plan.name} must be (C, H, W) = {plan.shape}, got {arrays[0].shape[1:]}")
     labelled = {_path(part, i, labels=True).is_file() for i in range(len(arrays))}
     if len(labelled) > 1:
         raise UserError(f"either all or none of the pieces of {plan.name} must have labels")
