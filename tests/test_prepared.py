@@ -445,6 +445,41 @@ def test_a_piece_that_fails_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert contents(tmp_path / "set") == contents(prepare(good, tmp_path / "again", 1))
 
 
+def ending() -> prepared.Images:
+    os._exit(9)
+
+
+def test_a_process_that_the_system_ends(tmp_path: Path) -> None:
+    good = numbered()
+    bad = replace(good, pieces=(*good.pieces[:5], Piece("train", "bad", ending), *good.pieces[6:]))
+    message = message_of(lambda: prepare(bad, tmp_path / "set", 2))
+    assert message.startswith("a process that read numbers was ended by the system") and "--workers 1" in message
+    assert not (tmp_path / "set").exists()
+    prepare(good, tmp_path / "set", 1)
+
+
+SCRIPT = """
+from dataclasses import replace
+from nelbo.data import load, official
+files = (official.File("cifar-10-binary.tar.gz"),)
+known = replace(official.OFFICIAL["cifar10"], kits={"binary": files}, counts={}, cut={"validation": 5})
+official.OFFICIAL["cifar10"] = known
+print(len(load("cifar10").images["train"]))
+"""
+
+
+def test_a_script_without_a_guard_may_load_a_set_that_is_not_prepared(tmp_path: Path) -> None:
+    cifar_folder(tmp_path / "files", "binary").rename(tmp_path / "cifar10")
+    (tmp_path / "data" / "raw").mkdir(parents=True)
+    (tmp_path / "cifar10").rename(tmp_path / "data" / "raw" / "cifar10")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    found = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], env={**os.environ, "NELBO_DATA": str(tmp_path / "data")},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (found.stdout, found.returncode) == ("35\n", 0), found.stderr
+
+
 def test_another_source_does_not_go_on_from_old_pieces(tmp_path: Path) -> None:
     first = Plan("numbers", (Piece("train", "a", partial(numbers, 100, 150)),), 256, "numbers", origin={"bytes": 1})
     with pytest.raises(UserError):

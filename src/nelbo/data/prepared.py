@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,6 +136,11 @@ def _read_pieces(plan: Plan, part: Path, workers: int | None, show: Callable[[in
                 future.result()
                 done += 1
                 show(done, total)
+        except BrokenProcessPool:
+            raise UserError(
+                f"a process that read {plan.name} was ended by the system, perhaps for want of memory; finished pieces "
+                "are kept: the same command goes on, with --workers 1 in one process"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -4,7 +4,8 @@ A source is the name of a data set, built in (digits, photos32) or official (nel
 data set of the hub with a column of images; a prepared folder (nelbo.data.prepared); or a ``.npy`` or ``.npz`` file or
 a folder of image files (nelbo.data.files). A name wins over a file of that name.
 
-Official and hub sets are prepared when they are first asked for, and mapped into memory from then on. Files and folders
+Official and hub sets are prepared when they are first asked for, here in one process (``nelbo data`` takes all
+cores), and mapped into memory from then on. Files and folders
 are read as they are; large ones are better prepared once, by ``nelbo data PATH --out FOLDER``. Splits that a file or
 folder does not bring are cut out of train, one tenth of it each (at least one image), by a fixed permutation: images
 without splits become 80 % train, 10 % validation and 10 % test.
@@ -33,7 +34,8 @@ def load(source: str) -> Dataset:
         return SOURCES[source]()
     folder = named_folder(source)
     if folder is not None:
-        return open_prepared(folder if is_prepared(folder) else prepare(plan(source), folder))
+        # In this process: others would run the user's script again, unless it guards against that.
+        return open_prepared(folder if is_prepared(folder) else prepare(plan(source), folder, workers=1))
     path = Path(source).expanduser()
     if path.is_dir() and is_prepared(path):
         return open_prepared(path)
