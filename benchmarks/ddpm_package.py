@@ -20,6 +20,7 @@ torchvision is imported there for data sets and pictures only: where it does not
 
 import json
 import os
+import resource
 import sys
 import time
 import types
@@ -159,7 +160,8 @@ def ours(case: Case, images: torch.Tensor, bf16: bool, folder: Path) -> dict[str
 
 
 def work(connection: Connection, side: str, case: Case, bf16: bool) -> None:
-    """One side in a process of its own: runs what it is told to by name, and answers with the seconds it took."""
+    """One side in a process of its own: runs what it is told to by name, and answers with the seconds it took, the
+    pages of memory that it touched for the first time, and the most KiB that the process held."""
     try:
         if side != "package":
             keep_memory()
@@ -169,9 +171,10 @@ def work(connection: Connection, side: str, case: Case, bf16: bool) -> None:
         runs = ours(case, images, bf16, Path("unused")) if side == "nelbo" else theirs(case, images, bf16)
         connection.send(list(runs))
         while name := connection.recv():
-            begun = time.perf_counter()
+            faults, begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
             runs[name]()
-            connection.send(time.perf_counter() - begun)
+            seconds, used = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_SELF)
+            connection.send((seconds, used.ru_minflt - faults, used.ru_maxrss))
     except SystemExit as error:
         connection.send(str(error))
 
@@ -182,7 +185,8 @@ def main(case: Case) -> dict[str, Any]:
         torch.set_num_threads(case.threads)
     load = os.getloadavg()[0]
     results: dict[str, Any] = {"case": {**asdict(case), "out": None}, "machine": shared.machine(), "load": load}
-    rows = []
+    rows: list[list[str]] = []
+    memory: list[str] = []
     for precision, bf16 in (("float32", False), ("bf16", True)):
         ends = {}
         for side in SIDES:
@@ -195,17 +199,21 @@ def main(case: Case) -> dict[str, Any]:
         peak = 0.0
         for name in names[0]:
             times: dict[str, list[float]] = {side: [] for side in SIDES}
+            pages: dict[str, str] = {}
             for turn in range(case.repeats + WARM):
                 for side, end in ends.items():
                     end.send(name)
-                    seconds = end.recv()
+                    seconds, faults, held = end.recv()
                     if turn >= WARM:
                         times[side].append(seconds)
+                        pages[side] = f"{faults:,} fresh pages, at most {held / 2**20:.2f} GiB held"
                 peak = max(peak, *(flops / shared.timed(run) / 1e9 for flops, run in best.values()))
             ratios = [
                 [a / b for a, b in zip(times[side], times["nelbo"], strict=True)] for side in SIDES if side != "nelbo"
             ]
-            results[f"{name}, {precision}"] = {**times, "ratios": ratios}
+            results[f"{name}, {precision}"] = {**times, "ratios": ratios, "memory": pages}
+            if name == "training step":
+                memory += [f"{side}, {precision}: {what}" for side, what in pages.items()]
             rows.append([name, precision, *(shared.show(shared.spread(v), 1000) for v in times.values()),
                          *(shared.show(shared.spread(v), 1, 2) for v in ratios)])  # fmt: skip
         for end in ends.values():
@@ -214,6 +222,7 @@ def main(case: Case) -> dict[str, Any]:
         rows.append([f"best matrix product {peak:.0f} GFLOP/s", precision, *[""] * 5])
     times_of = [f"{side}, ms" for side in SIDES]
     print(shared.table(["", "precision", *times_of, "package / nelbo", "memory kept / nelbo"], rows))
+    print("the last training step of each: " + "; ".join(memory))
     results["load_after"] = os.getloadavg()[0]
     print(f"load {load:.1f} before, {results['load_after']:.1f} after; medians (least..most) of {case.repeats} turns")
     if case.out is not None:
