@@ -1,11 +1,16 @@
 """The command line: verbs, each in a module of nelbo.verbs that holds its options and carries it out.
 
 A mistake of the user's gets one line on stderr and exit status 2. Heavy libraries load where a verb needs them.
+
+Of several processes launched together (group.py) all carry out train, evaluate, sample and fid, and the first alone the
+other verbs; it prints for all.
 """
 
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +20,7 @@ from nelbo.arguments import parse
 from nelbo.errors import UserError
 from nelbo.process import choose_waiting, keep_memory
 from nelbo.stopping import Stopped
-from nelbo.verbs import convert, data, evaluate, fid, report, sample, share, train
+from nelbo.verbs import convert, data, evaluate, fid, report, sample, share, submit, train
 
 __all__ = ["main"]
 
@@ -35,6 +40,7 @@ def _help() -> str:
             "  nelbo report RUN [RUN ...]                 one self-contained HTML page",
             "  nelbo convert SOURCE --from KIND --out RUN  somebody else's checkpoint as a run",
             "  nelbo data NAME|PATH                       prepare a data set, check it, and say what it is",
+            "  nelbo submit [OPTIONS] -- VERB ...         a verb as a job of Slurm that requeues itself and resumes",
             "  nelbo export RUN --to diffusers --out FOLDER  a run as another program's checkpoint",
             "  nelbo share RUN --out FOLDER [--push ID]   a model to share: weights, configuration, card; on the hub",
             "",
@@ -49,6 +55,8 @@ def _presets() -> None:
         print(f"{name:<{width}}  {(function.__doc__ or '').strip()}")
 
 
+SHARED = ("train", "evaluate", "sample", "fid")  # by all processes
+
 VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "evaluate": (evaluate.Evaluate, evaluate.carry_out),
     "sample": (sample.Sample, sample.carry_out),
@@ -60,9 +68,22 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 
+def _train(arguments: list[str]) -> tuple[train.Train, str]:
+    """What follows ``train``, and the preset's name."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: nelbo train PRESET --out RUN [--dry-run] [--field value]\n")
+        arguments = ["mulan-digits", "--help"]
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"train needs a preset first; the choices are {', '.join(presets.PRESETS)}")
+    name, *rest = arguments
+    return parse(train.Train, rest, f"train {name}", train.Train(config=presets.preset(name))), name
+
+
 def run(arguments: list[str]) -> None:
     """Carry out a command line; UserError for a user's mistake."""
     verb, *rest = arguments or ["--help"]
+    if verb not in SHARED and os.environ.get("RANK", "0") != "0":
+        return
     if verb in ("-h", "--help"):
         print(_help())
     elif verb == "--version":
@@ -72,46 +93,81 @@ def run(arguments: list[str]) -> None:
             raise UserError(f"presets takes no arguments, got {rest[0]!r}")
         _presets()
     elif verb == "train":
-        if rest and rest[0] in ("-h", "--help"):
-            print("usage: nelbo train PRESET --out RUN [--dry-run] [--field value]\n")
-            rest = ["mulan-digits", "--help"]
-        if not rest or rest[0].startswith("-"):
-            raise UserError(f"train needs a preset first; the choices are {', '.join(presets.PRESETS)}")
-        name, *rest = rest
-        default = train.Train(config=presets.preset(name))
-        train.carry_out(parse(train.Train, rest, f"train {name}", default), name)
+        train.carry_out(*_train(rest))
+    elif verb == "submit":
+        options, command = submit.split(rest, SHARED)
+        job = parse(submit.Submit, options, verb)
+        name, *its = command  # whose mistakes are told now, and not when the job begins
+        _train(its) if name == "train" else parse(VERBS[name][0], its, name)
+        submit.carry_out(job, command)
     elif verb == "convert":
         convert.carry_out(convert.convert_arguments(rest))
     elif verb in VERBS:
         cls, carry_out = VERBS[verb]
         carry_out(parse(cls, rest, verb))
     else:
-        raise UserError(f"unknown verb {verb!r}; the choices are presets, train, convert, {', '.join(VERBS)}")
+        raise UserError(f"unknown verb {verb!r}; the choices are presets, train, convert, {', '.join(VERBS)}, submit")
+
+
+def _interrupt(number: int, _: Any) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _group() -> Any:
+    """The group of processes that a verb has joined; None before."""
+    module = sys.modules.get("nelbo.group")
+    return None if module is None or module.joined() is module.ALONE else module.joined()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The ``nelbo`` command: 0; 2 with one line on stderr for a mistake; 128 + its number where a signal stopped it."""
+    """The ``nelbo`` command: 0; 2 with one line on stderr for a mistake; 128 + its number where a signal stopped it; 75
+    where another process was lost, and the same command may succeed."""
     choose_waiting()
     keep_memory()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         run(sys.argv[1:] if arguments is None else arguments)
+        if group := _group():
+            group.close()
         return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UserError, Stopped) as error:
         message, status = str(error), error.status if isinstance(error, Stopped) else 2
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        message = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        status = 128 + number
     except OSError as error:
         message, status = f"{error.filename or 'the system'}: {error.strerror or error}", 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
+        lines, memory = str(error).splitlines() or ["out of memory"], "out of memory|allocate"
+        if isinstance(error, MemoryError) or re.search(memory, str(error)):
+            message, status = f"{lines[0]}: out of memory; try a smaller batch, or training.accumulate above 1", 2
+        elif _group() and re.search("gloo|NCCL|[Cc]onnection|[Ss]ocket|peer", str(error)):
+            from nelbo.group import RESUME, TEMPORARY
+
+            _group().cut_off()  # ends this process where the reason is known
+            message, status = f"the connection to another process is lost ({lines[0]}); {RESUME}", TEMPORARY
+        else:
+            _report(error)
             raise
-        lines = str(error).splitlines() or ["out of memory"]
-        message, status = f"{lines[0]}: out of memory; try a smaller batch, or training.accumulate above 1", 2
-    print(f"nelbo: {' '.join(message.split())}", file=sys.stderr)
+    except Exception as error:
+        _report(error)
+        raise
+    group, line = _group(), " ".join(message.split())
+    speaks = group.fail(line, status) if group else os.environ.get("RANK", "0") == "0"
+    if speaks:
+        print(f"nelbo: {line}", file=sys.stderr)
     return status
+
+
+def _report(error: Exception) -> None:
+    """Tell the other processes that this one ends with an error whose traceback follows."""
+    if group := _group():
+        group.fail(f"{type(error).__name__}: {error}", 1)
 
 
 if __name__ == "__main__":

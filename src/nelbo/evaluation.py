@@ -1,10 +1,12 @@
 """Evaluation of a run on a data set: figures, files and the references that stand beside them.
 
 A likelihood by ODE takes long: its draws are kept in a file of their own while it runs, and the same command goes on.
+Of several processes (group.py) each keeps what it has solved, and the first writes the figures.
 """
 
 import contextlib
 import csv
+import glob
 import io
 import math
 import time
@@ -21,6 +23,7 @@ from nelbo.data import Dataset, baselines, load
 from nelbo.devices import full_float32, versions
 from nelbo.errors import UserError
 from nelbo.flow import LEAST_STEPS
+from nelbo.group import ALONE, Group, join
 from nelbo.latent_use import latent_use
 from nelbo.latents import Label
 from nelbo.likelihood import BitsPerDim, Estimate
@@ -228,30 +231,43 @@ def _baselines(dataset: Dataset, folder: Path, split: str) -> list[dict[str, Any
 
 
 class Unfinished:
-    """The draws of an evaluation that is under way, in a file of their own; ``key`` says what they are draws of."""
+    """The draws of an evaluation that is under way, in a file of each process's own; ``key`` says of what they are."""
 
-    def __init__(self, path: Path, key: dict[str, Any]) -> None:
-        self.path, self.key = path, checkpoints.to_json(key)
+    def __init__(self, path: Path, key: dict[str, Any], group: Group) -> None:
+        self.path, self.key, self.group = path, checkpoints.to_json(key), group
+        self.own = path if group.main else path.with_suffix(f".{group.rank}{path.suffix}")
+
+    def _files(self) -> list[Path]:
+        return [self.path, *sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.[0-9]*{self.path.suffix}"))]
 
     def read(self) -> dict[str, np.ndarray] | None:
-        """The table of ``likelihood.ode``, where one of the same evaluation is there."""
-        try:
-            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                if str(arrays["key"]) == self.key:
-                    return {name: arrays[name] for name in likelihood.DRAW}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # none, or not readable: everything is solved again
-        return None
+        """The table of ``likelihood.ode`` with what processes of the same evaluation had solved; None for nothing."""
+        found: dict[str, np.ndarray] | None = None
+        for path in self._files():
+            try:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                    if str(arrays["key"]) != self.key:
+                        continue
+                    table = {name: arrays[name] for name in likelihood.DRAW}
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                continue  # none, or not readable: everything is solved again
+            if found is None:
+                found = table
+            known = ~np.isnan(table["prior"])
+            for name, values in found.items():
+                values[known] = table[name][known]
+        return found
 
     def write(self, table: dict[str, np.ndarray]) -> None:
         """Keep the table; whoever reads sees a whole one."""
         content = io.BytesIO()
         np.savez(content, key=np.array(self.key), **table)  # type: ignore[arg-type]
-        checkpoints.write_aside(self.path, content.getvalue())
+        checkpoints.write_aside(self.own, content.getvalue())
 
     def remove(self) -> None:
         """Nothing is under way any more."""
-        self.path.unlink(missing_ok=True)
+        for path in self._files():
+            path.unlink(missing_ok=True)
 
 
 def _by_ode(
@@ -260,10 +276,13 @@ def _by_ode(
     labels: np.ndarray | None,
     settings: Settings,
     batch: int,
-    unfinished: Unfinished | None,
+    unfinished: Unfinished | None = None,
+    group: Group = ALONE,
     progress: Callable[[int, float], None] | None = None,
 ) -> BitsPerDim:
-    table = unfinished.read() if unfinished is not None else None
+    table = None
+    if unfinished is not None:  # one table, whatever another process begins to write
+        table = group.tell(unfinished.read() if group.main else None)
     try:
         return likelihood.ode(
             model,
@@ -283,6 +302,7 @@ def _by_ode(
             batch=batch,
             table=table,
             save=None if unfinished is None else unfinished.write,
+            group=group,
             progress=progress,
         )
     except (likelihood.SolverError, ValueError) as error:  # both say what to do instead
@@ -298,7 +318,7 @@ def _tolerance(model: DiffusionModel, images: np.ndarray, labels: np.ndarray | N
     tight = replace(one, rtol=settings.rtol / 10, atol=settings.atol / 10, least_steps=least, state="float64")
     few = images[:n], None if labels is None else labels[:n]
     with full_float32():
-        loose_result, tight_result = (_by_ode(model, *few, s, n, None) for s in (one, tight))
+        loose_result, tight_result = (_by_ode(model, *few, s, n) for s in (one, tight))
     return likelihood.compare(loose_result, tight_result)
 
 
@@ -314,16 +334,19 @@ def evaluate(
     """The bound of a run on a whole split, or its likelihood by ODE; writes RUN/evaluations/*.json and the per-image
     figures beside it.
 
+    Processes that were launched together share the work (group.py): all get the result, and the first writes.
     ``run``: whatever ``resolve`` knows; ``out``, another folder than its own for what is written. ``compare``: another,
     evaluated on the same images with the same draws. ``progress(run, images done, images, bits/dim)`` is called at the
     start, with nan, and as it runs.
     """
     begun = time.perf_counter()
     check(settings)
+    group = join(device)
     source = resolve(run, settings.checkpoint, settings.weights, out, settings.parameterization)
     if settings.method == "ode" and settings.least_steps is None:
         settings = replace(settings, least_steps=LEAST_STEPS.get(settings.solver, 1))
-    dataset, images, labels = _chosen(source, settings)
+    with group.first():  # which may have to prepare the images
+        dataset, images, labels = _chosen(source, settings)
     model, steps = _load_for(source, settings, dataset, device)
     if settings.method == "ode" and settings.dequantization is None:
         own = "variational" if model.reverse.decoder == "gaussian" else "truncated-normal"
@@ -332,7 +355,8 @@ def evaluate(
     if compare is not None:
         other_source = resolve(compare, settings.checkpoint, settings.weights)
         other = _load_for(other_source, settings, dataset, device)
-    checkpoints.make_folder(source.folder / "evaluations")
+    if group.main:
+        checkpoints.make_folder(source.folder / "evaluations")
     path = source.folder / "evaluations" / f"{_name(settings, steps, dataset)}.json"
 
     def figure(which: str, model: DiffusionModel, steps: int, unfinished: Unfinished | None) -> BitsPerDim:
@@ -344,7 +368,7 @@ def evaluate(
         batch = settings.batch or BATCH[settings.method]
         with full_float32():
             if settings.method == "ode":
-                return _by_ode(model, images, labels, settings, batch, unfinished, seen)
+                return _by_ode(model, images, labels, settings, batch, unfinished, group, seen)
             return likelihood.vlb(
                 model,
                 images,
@@ -354,6 +378,7 @@ def evaluate(
                 steps=steps,
                 seed=settings.seed,
                 batch=batch,
+                group=group,
                 progress=seen,
             )
 
@@ -363,47 +388,51 @@ def evaluate(
         "versions": versions(),
         "data": [dataset.name, dataset.version, len(images)],
     }
-    unfinished = Unfinished(path.with_name(f".{path.stem}.npz"), key)
+    unfinished = Unfinished(path.with_name(f".{path.stem}.npz"), key, group)
     result = figure(str(run), model, steps, unfinished)
     compared = None if other is None else figure(str(compare), *other, None)
-    tolerance = None
-    if settings.method == "ode":
-        with contextlib.suppress(UserError):  # a tighter solve may fail where this one did not: the figure stays
-            tolerance = _table(_tolerance(model, images, labels, settings))
     difference = None if compared is None else likelihood.compare(result, compared)
-    record = {
-        "bits_per_dim": _table(result.value),
-        "is_bound": result.is_bound,
-        "as_published": _table(result.as_published),
-        "draws_error": result.draws_error,
-        "terms": {name: _table(value) for name, value in result.terms.items()},
-        "images": len(images),
-        "images_in_split": len(dataset.images[settings.split]),
-        "split": settings.split,
-        "data": {"name": dataset.name, "version": dataset.version},
-        "source": source.kind,
-        "checkpoint": {"step": source.step, "name": settings.checkpoint},
-        "weights": settings.weights,
-        "settings": result.settings,
-        "cost": result.cost,
-        "tolerance": tolerance,
-        "by_time": time_bins(result),
-        "progressive": progressive(result, dataset.levels),
-        "latent_use": latent_use(model, images, labels) if len(images) > 1 else None,
-        "baselines": _baselines(dataset, source.folder, settings.split),
-        "comparison": None
-        if compared is None
-        else {"run": str(compare), "bits_per_dim": _table(compared.value), "difference": _table(difference)},
-        "versions": versions(),
-        "seconds": time.perf_counter() - begun,
-    }
-    arrays = io.BytesIO()
-    np.savez_compressed(
-        arrays, index=result.index, bits_per_dim=result.per_image, standard_error=result.per_image_error
-    )
-    checkpoints.write_aside(path.with_suffix(".npz"), arrays.getvalue())
-    checkpoints.write_json(path, record)
-    unfinished.remove()
+    record: dict[str, Any] | None = None
+    if group.main:
+        tolerance = None
+        if settings.method == "ode":
+            with contextlib.suppress(UserError):  # a tighter solve may fail where this one did not: the figure stays
+                tolerance = _table(_tolerance(model, images, labels, settings))
+        record = {
+            "bits_per_dim": _table(result.value),
+            "is_bound": result.is_bound,
+            "as_published": _table(result.as_published),
+            "draws_error": result.draws_error,
+            "terms": {name: _table(value) for name, value in result.terms.items()},
+            "images": len(images),
+            "images_in_split": len(dataset.images[settings.split]),
+            "split": settings.split,
+            "data": {"name": dataset.name, "version": dataset.version},
+            "source": source.kind,
+            "checkpoint": {"step": source.step, "name": settings.checkpoint},
+            "weights": settings.weights,
+            "settings": result.settings,
+            "cost": result.cost,
+            "tolerance": tolerance,
+            "by_time": time_bins(result),
+            "progressive": progressive(result, dataset.levels),
+            "latent_use": latent_use(model, images, labels) if len(images) > 1 else None,
+            "baselines": _baselines(dataset, source.folder, settings.split),
+            "comparison": None
+            if compared is None
+            else {"run": str(compare), "bits_per_dim": _table(compared.value), "difference": _table(difference)},
+            "versions": versions(),
+            "seconds": time.perf_counter() - begun,
+        }
+        arrays = io.BytesIO()
+        np.savez_compressed(
+            arrays, index=result.index, bits_per_dim=result.per_image, standard_error=result.per_image_error
+        )
+        checkpoints.write_aside(path.with_suffix(".npz"), arrays.getvalue())
+        checkpoints.write_json(path, record)
+        unfinished.remove()
+    record = group.tell(record)
+    assert record is not None
     return Evaluation(result, record, path, compared, difference)
 
 

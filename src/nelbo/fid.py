@@ -30,6 +30,7 @@ from nelbo.data.loader import permutation
 from nelbo.devices import versions
 from nelbo.errors import UserError
 from nelbo.extractors import Extractor, Features, as_extractor, load_extractor
+from nelbo.group import ALONE, Group, join
 from nelbo.metrics import Frechet, Moments, Scores
 from nelbo.model import DiffusionModel
 from nelbo.resolve import INDEX, Source, resolve
@@ -126,9 +127,11 @@ def measure(
     parts: int = 1,
     batch: int = 64,
     progress: Callable[[int], None] | None = None,
+    group: Group = ALONE,
 ) -> tuple[list[Moments], list[Scores] | None]:
     """The sums of uint8 images (N, C, H, W) below ``levels``, in so many consecutive parts; no scores where the
-    extractor gives no probabilities. ``progress`` is called with the images done.
+    extractor gives no probabilities. ``progress`` is called with the images done. The processes of ``group`` share the
+    batches, and all get the sums.
 
     The sums do not depend on the batch; features of a network in float32 do, in their last digits.
     """
@@ -139,13 +142,19 @@ def measure(
         progress(0)
     for part in metrics.consecutive(len(images), parts):
         for first in range(part.start, part.stop, BLOCK):
-            end, features, probabilities = min(first + BLOCK, part.stop), [], []
-            for start in range(first, end, batch):
-                f, p = extractor(images[start : min(start + batch, end)], levels)
-                features.append(f)
-                probabilities += [] if p is None else [p]
+            end = min(first + BLOCK, part.stop)
+            starts = range(first, end, batch)
+            found: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+            for i in group.units(len(starts)):
+                stop = min(starts[i] + batch, end)
+                found[i] = extractor(images[starts[i] : stop], levels)
                 if progress is not None:
-                    progress(min(start + batch, end))
+                    progress(stop)
+            everybody: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+            for theirs in group.ask(found):
+                everybody |= theirs
+            features = [everybody[i][0] for i in range(len(starts))]
+            probabilities = [p for i in range(len(starts)) if (p := everybody[i][1]) is not None]
             block = Moments.of(np.concatenate(features))
             block_scores = [Scores.of(np.concatenate(probabilities))] if probabilities else []
             if first == part.start:
@@ -217,6 +226,7 @@ def reference_statistics(
     batch: int = 64,
     say: Callable[[str], None] = print,
     progress: Callable[[int], None] | None = None,
+    group: Group = ALONE,
 ) -> tuple[Moments, dict[str, Any]]:
     """The sums of reference images and their record, from the file ``cache`` where it holds them, and then kept there.
 
@@ -233,38 +243,29 @@ def reference_statistics(
         },
         "extractor": {"name": extractor.name, "identity": extractor.identity, "note": extractor.note},
     }
-    if cache is not None and cache.exists():
+    kept = None
+    if group.main and cache is not None and cache.exists():
         try:
             moments, record = read_statistics(cache)
             same = record["images"] == about["images"]
             if same and record["extractor"]["identity"] == extractor.identity:
-                return moments, {**record, **about}
-            say(f"{cache} is of another {'extractor' if same else 'set of images'}: measured again")
+                kept = moments, {**record, **about}
+            else:
+                say(f"{cache} is of another {'extractor' if same else 'set of images'}: measured again")
         except UserError as error:
             if not own:
                 raise
             say(f"{error}; measured again")
-    (moments,), _ = measure(images.values, images.levels, extractor, batch=batch, progress=progress)
+    if (kept := group.tell(kept)) is not None:
+        return kept
+    (moments,), _ = measure(images.values, images.levels, extractor, batch=batch, progress=progress, group=group)
     record = {**about, "versions": {**versions(), **extractor.versions}}
-    if cache is not None:
+    if group.main and cache is not None:
         write_statistics(cache, moments, record)
     return moments, record
 
 
 # Images --------------------------------------------------------------------------------------------------------------
-
-
-def draw(model: DiffusionModel, how: sampling.Settings, progress: Callable[[int], None] | None = None) -> np.ndarray:
-    """``how.count`` samples (count, C, H, W) uint8 of a model; sample k does not depend on how many there are."""
-    images = []
-    if progress is not None:
-        progress(0)
-    for first in range(0, how.count, how.batch):
-        numbers = range(first, min(first + how.batch, how.count))
-        images.append(sampling.draw(model, how, numbers))
-        if progress is not None:
-            progress(numbers.stop)
-    return np.concatenate(images)
 
 
 def _how(settings: Settings) -> sampling.Settings:
@@ -417,9 +418,10 @@ def evaluate(
     ``out``, or nothing where images belong to no run.
 
     ``extractor``: an Extractor or any callable (``as_extractor``) instead of the settings' own. ``progress(name, done,
-    total)`` is called as it runs; ``say`` gets lines for people.
+    total)`` is called as it runs; ``say`` gets lines for people. Processes that were launched together share the work
+    (group.py): all get the result, and the first writes.
     """
-    begun, path = time.perf_counter(), Path(source)
+    begun, path, group = time.perf_counter(), Path(source), join(device)
     drawn = not _is_images(path)
     check(settings, drawn)
     if out is not None and out.is_dir():
@@ -427,18 +429,20 @@ def evaluate(
     model_source = resolve(source, settings.checkpoint, settings.run_weights) if drawn else None
     home = _home(path) if model_source is None else model_source.folder
     data = settings.data or _data(model_source, home)
-    dataset = None if data is None else load(data)
+    with group.first():  # which may have to prepare the images
+        dataset = None if data is None else load(data)
     reference = _reference(settings, dataset)
-    extractor = as_extractor(
-        extractor
-        or load_extractor(
-            settings.extractor,
-            weights=settings.weights,
-            seed=settings.feature_seed,
-            channels=reference.shape[0],
-            device=device,
+    with group.first():  # which may have to fetch the weights
+        extractor = as_extractor(
+            extractor
+            or load_extractor(
+                settings.extractor,
+                weights=settings.weights,
+                seed=settings.feature_seed,
+                channels=reference.shape[0],
+                device=device,
+            )
         )
-    )
 
     def seen(name: str, total: int) -> Callable[[int], None]:
         return lambda done: None if progress is None else progress(name, done, total)
@@ -462,13 +466,13 @@ def evaluate(
         model = model_source.load(model_source.levels or levels, device, shape)
         how = sampling.resolved(how, model, model_source.name)
         name = sampling.name_of(how, model_source, settings.run_weights)
-    moments, about = _statistics(reference, extractor, settings, home, seen, say)
+    moments, about = _statistics(reference, extractor, settings, home, seen, say, group)
     if samples is None:
         assert model is not None and model_source is not None
         step = "" if model_source.step is None else f", step {model_source.step}, {settings.run_weights} weights"
         steps = "" if how.steps is None else f", {how.steps} steps"
         what = f"{count} samples of {model_source.name}{step} ({how.method}{steps})"
-        samples = Images(draw(model, how, seen("sampling", count)), model.levels, what)
+        samples = Images(sampling.draw_all(model, how, seen("sampling", count), group=group), model.levels, what)
     shuffled = samples.values[permutation(count, ORDER_SEED)]
     sums, scores = measure(
         shuffled,
@@ -477,6 +481,7 @@ def evaluate(
         parts=settings.splits,
         batch=settings.batch,
         progress=seen("features", count),
+        group=group,
     )
     frechet, floor = metrics.jackknife(sums, moments), metrics.floor(count, moments)
     score = None if scores is None else metrics.score_parts(scores)
@@ -504,7 +509,7 @@ def evaluate(
         "seconds": time.perf_counter() - begun,
     }
     where = out or (None if home is None else home / "evaluations" / f"{_name(settings, extractor, name)}.json")
-    if where is not None:
+    if group.main and where is not None:
         checkpoints.write_json(where, record)
     return Result(frechet, floor, score, record, where)
 
@@ -529,6 +534,7 @@ def _statistics(
     home: Path | None,
     seen: Callable[[str, int], Callable[[int], None]],
     say: Callable[[str], None],
+    group: Group,
 ) -> tuple[Moments, dict[str, Any]]:
     """The reference's sums: read, or measured and kept."""
     if isinstance(reference, Kept):
@@ -549,7 +555,9 @@ def _statistics(
         name = settings.reference if settings.reference in SPLITS else Path(settings.reference).name
         cache = home / "evaluations" / f".fid-{name}-{_label(extractor)}.npz"
     progress = seen("reference", len(reference.values))
-    return reference_statistics(reference, extractor, cache, own=own, batch=settings.batch, say=say, progress=progress)
+    return reference_statistics(
+        reference, extractor, cache, own=own, batch=settings.batch, say=say, progress=progress, group=group
+    )
 
 
 def _label(extractor: Extractor) -> str:
@@ -579,6 +587,7 @@ def during_training(
     split: str = "train",
     splits: int = 10,
     say: Callable[[str], None] = print,
+    group: Group = ALONE,
     **drawing: Any,
 ) -> dict[str, Any]:
     """The figures of ``count`` samples of a model against a split, for a log: fid, floor, inception_score (mean and
@@ -598,10 +607,10 @@ def during_training(
     def seen(name: str, total: int) -> Callable[[int], None]:
         return lambda done: None
 
-    moments, _ = _statistics(reference, extractor, settings, run, seen, say)
+    moments, _ = _statistics(reference, extractor, settings, run, seen, say, group)
     how = sampling.resolved(_how(settings), model, str(run))
-    images = draw(model, how)[permutation(count, ORDER_SEED)]
-    sums, scores = measure(images, model.levels, extractor, parts=splits, batch=settings.batch)
+    images = sampling.draw_all(model, how, group=group)[permutation(count, ORDER_SEED)]
+    sums, scores = measure(images, model.levels, extractor, parts=splits, batch=settings.batch, group=group)
     score = None if scores is None else metrics.score_parts(scores)
     return {
         "fid": metrics.frechet(metrics.merge(sums), moments),

@@ -35,6 +35,7 @@ from torch import Tensor
 from nelbo import objectives, pixels, times
 from nelbo.draws import Draws
 from nelbo.flow import LEAST_STEPS, Flow, log_prior, time_of
+from nelbo.group import ALONE, Group
 from nelbo.latents import LatentDraw, PaperKHot
 from nelbo.model import DiffusionModel
 
@@ -204,12 +205,14 @@ def vlb(
     steps: int = 0,
     seed: int = 0,
     batch: int = 256,
+    group: Group = ALONE,
     progress: Callable[[int, float], None] | None = None,
 ) -> BitsPerDim:
     """The variational bound of whole-number images (n, C, H, W), equations (1) to (3).
 
     ``index`` (n,) names the images for the keyed randomness (0 .. n - 1 by default). ``times_per_shift`` N and
-    ``shifts`` R; ``steps`` T of the discrete bound, 0 for continuous time; ``batch``, network rows at once.
+    ``shifts`` R; ``steps`` T of the discrete bound, 0 for continuous time; ``batch``, network rows at once; ``group``,
+    the processes that share the batches, all of which get the result: that of one process, to the last bit.
     ``progress(images done, bits/dim so far)`` is called as it runs. Units: bits/dim.
     """
     if times_per_shift < 1 or shifts < 1:
@@ -219,15 +222,16 @@ def vlb(
     n, per_image = len(images), times_per_shift * shifts
     index = np.arange(n) if index is None else np.asarray(index)
     label_tensor = None if labels is None else torch.as_tensor(labels)
-    rows = np.arange(n * per_image)
-    values = {name: np.empty(n * per_image) for name in TERMS}
-    row_times, row_errors = np.empty(n * per_image), np.full(n * per_image, math.nan)
+    rows = n * per_image
+    values = {name: np.zeros(rows) for name in TERMS}
+    row_times, row_errors = np.zeros(rows), np.zeros(rows)
     own_decoder = model.reverse.decoder == "gaussian"  # another pass of the network: one in each shift
     device, training = model.device, model.training
+    mine = np.zeros(rows, dtype=bool)
     model.eval()
     try:
-        for start in range(0, len(rows), batch):
-            chunk = rows[start : start + batch]
+        for i in group.units(math.ceil(rows / batch)):
+            chunk = np.arange(i * batch, min((i + 1) * batch, rows))
             image, draw = chunk // per_image, chunk % per_image
             key = index[image]
             u = Draws(seed, key, draw // times_per_shift, device).uniform("time")
@@ -247,16 +251,14 @@ def vlb(
             if own_decoder:
                 values["reconstruction"][chunk] *= times_per_shift
             row_times[chunk] = t.double().cpu().numpy()
-            if terms.squared_error is not None:
-                row_errors[chunk] = terms.squared_error.double().cpu().numpy()
+            row_errors[chunk] = math.nan if terms.squared_error is None else terms.squared_error.double().cpu().numpy()
+            mine[chunk] = True
             if progress is not None:
-                done = int(chunk[-1] + 1) // per_image
-                so_far = (
-                    sum(values[name][: done * per_image].mean() for name in TERMS if name != "latent") if done else 0
-                )
-                progress(done, float(pixels.bits_per_dim(float(so_far), model.dimensions)))
+                so_far = sum(values[name][mine].mean() for name in TERMS if name != "latent")
+                progress(int(chunk[-1] + 1) // per_image, float(pixels.bits_per_dim(float(so_far), model.dimensions)))
     finally:
         model.train(training)
+    group.merge(*values.values(), row_times, row_errors)
     bits = {
         name: np.asarray(pixels.bits_per_dim(v.reshape(n, shifts, times_per_shift).mean(2), model.dimensions))
         for name, v in values.items()
@@ -313,6 +315,7 @@ def ode(
     batch: int = 64,
     table: dict[str, np.ndarray] | None = None,
     save: Callable[[dict[str, np.ndarray]], None] | None = None,
+    group: Group = ALONE,
     progress: Callable[[int, float], None] | None = None,
 ) -> BitsPerDim:
     """The likelihood of whole-number images (n, C, H, W) by the probability flow, equations (4) to (6).
@@ -322,8 +325,8 @@ def ode(
     (ode.py), tolerances of a pixel in units of the noise there and, for the log-density, in nats per dimension, and
     ``least_steps``, the N of flow.py's equation (7); ``double``: a float64 state; ``batch``, solves at once. ``table``
     (``ode_table``): draws that are in it already are not solved again, and it is filled in place; ``save(table)`` is
-    called after every batch. ``progress(images done, bits/dim so far)``. Units: bits/dim. Raises SolverError where a
-    solve fails.
+    called after every batch, by each process of ``group`` with what it knows; processes share the batches and all get
+    the result. ``progress(images done, bits/dim so far)``. Units: bits/dim. Raises SolverError where a solve fails.
     """
     if samples < 1 or replicates < 1 or probes < 1:
         raise ValueError(f"samples, replicates and probes must be at least 1, got {samples}, {replicates}, {probes}")
@@ -338,12 +341,15 @@ def ode(
     table = ode_table(n, replicates, samples) if table is None else table
     flat = {name: values.reshape(-1) for name, values in table.items()}
     label_tensor = None if labels is None else torch.as_tensor(labels)
-    todo = np.flatnonzero(np.isnan(flat["prior"]))
-    training = model.training
+    training, mine = model.training, np.zeros(n * per_image, dtype=bool)
     model.eval()
     try:
-        for start in range(0, len(todo), batch):
-            rows = todo[start : start + batch]
+        for i in group.units(math.ceil(len(mine) / batch)):
+            rows = np.arange(i * batch, min((i + 1) * batch, len(mine)))
+            mine[rows] = True
+            rows = rows[np.isnan(flat["prior"][rows])]
+            if not len(rows):
+                continue
             image, draw = rows // per_image, rows % per_image
             begun = time.perf_counter()
             found = _solve_draws(
@@ -365,12 +371,15 @@ def ode(
                 save(table)
             if progress is not None:
                 whole = ~np.isnan(table["prior"]).any((1, 2))
-                done = int(whole.sum())
+                done = max(int(whole.sum()), int(rows[-1] + 1) // per_image)  # others have those before
                 solved = {name: values[whole] for name, values in table.items()}
-                so_far = float(_figures(solved, samples)[0].mean()) if done else math.nan
+                so_far = float(_figures(solved, samples)[0].mean()) if whole.any() else math.nan
                 progress(done, float(pixels.bits_per_dim(so_far, model.dimensions)))
     finally:
         model.train(training)
+    for values in flat.values():
+        values[~mine] = 0
+    group.merge(*flat.values())
     nats, terms = _figures(table, samples)
     bits = {name: np.asarray(pixels.bits_per_dim(v.mean(1), model.dimensions)) for name, v in terms.items()}
     valid = np.asarray(pixels.bits_per_dim(nats, model.dimensions))

@@ -15,10 +15,11 @@ __all__ = ["Progress"]
 class Progress:
     """Tasks by name, each with its count, its figure of interest, images/s and the time that remains.
 
-    Off a terminal: at most one line in ``every`` seconds, and one at a task's end.
+    Off a terminal: at most one line in ``every`` seconds, and one at a task's end. Nothing where not ``shown``.
     """
 
-    def __init__(self, every: float = 10.0) -> None:
+    def __init__(self, every: float = 10.0, shown: bool = True) -> None:
+        self.shown = shown
         console = Console(stderr=True)
         self.terminal, self.every = console.is_terminal, every
         columns = (TextColumn("{task.description}", markup=False), BarColumn(None), MofNCompleteColumn())
@@ -30,7 +31,7 @@ class Progress:
             TextColumn("left"),
             console=console,
             expand=True,
-            disable=not self.terminal,
+            disable=not (self.terminal and shown),
         )
         self.tasks: dict[str, tuple[TaskID, float, int]] = {}  # name -> the bar's task, when it began and where
         self.printed = time.monotonic()
@@ -58,7 +59,7 @@ class Progress:
         speed = "" if not rate or rate != rate else f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}"
         shown = ", ".join(part for part in (figure, f"{speed} {unit}/s" if speed else "") if part)
         self.bar.update(task, completed=done, figures=shown)
-        if not self.terminal and done > first and (done == total or now - self.printed >= self.every):
+        if self.shown and not self.terminal and done > first and (done == total or now - self.printed >= self.every):
             left = (now - began) / (done - first) * (total - done)
             remains = f", {timedelta(seconds=round(left))} left" if done < total else ""
             print(f"{name} {done}/{total}: {shown}{remains}", file=sys.stderr, flush=True)

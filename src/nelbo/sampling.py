@@ -1,9 +1,11 @@
 """Samples on disk: batches of any number, the trajectory of the first few, pictures beside arrays, shards of many.
 
 Sample k is keyed by seed and number: it is the same whatever the count, the batch, the shard or how often the process
-was killed (a network's float32 rounding may differ from one batch size to another).
+was killed (a network's float32 rounding may differ from one batch size to another). Processes that were launched
+together (group.py) share the batches, or the shards.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +21,7 @@ from nelbo.data import load
 from nelbo.data.files import read_image
 from nelbo.draws import Draws
 from nelbo.errors import UserError
+from nelbo.group import ALONE, Group, join
 from nelbo.latents import Label
 from nelbo.likelihood import SolverError
 from nelbo.model import DiffusionModel
@@ -206,6 +209,30 @@ def _batches(numbers: range, batch: int) -> list[range]:
     return [numbers[i : i + batch] for i in range(0, len(numbers), batch)]
 
 
+def draw_all(
+    model: DiffusionModel,
+    settings: Settings,
+    progress: Callable[[int], None] | None = None,
+    seen: Callable[[int, Tensor, Tensor], None] | None = None,
+    group: Group = ALONE,
+) -> np.ndarray:
+    """All ``settings.count`` samples, (count, C, H, W) uint8, in every process of the group, whose work they are.
+
+    ``progress(images done)``; ``seen``, of the first batch only, where this process draws it.
+    """
+    images = np.zeros((settings.count, *model.shape), dtype=np.uint8)
+    batches = _batches(range(settings.count), settings.batch)
+    if progress is not None:
+        progress(0)
+    for i in group.units(len(batches)):
+        numbers = batches[i]
+        images[numbers.start : numbers.stop] = draw(model, settings, numbers, seen if i == 0 else None)
+        if progress is not None:
+            progress(numbers.stop)
+    group.merge(images)
+    return images
+
+
 def sample_to_files(
     model: DiffusionModel, stem: Path, settings: Settings, progress: Callable[[int], None] = lambda done: None
 ) -> list[Path]:
@@ -213,24 +240,25 @@ def sample_to_files(
 
     ``progress`` is called with the images done.
     """
+    group = join(model.device)
     settings = resolved(settings, model, "the model")
     shown = min(settings.trajectory, settings.count, settings.batch)
-    trajectory: list[np.ndarray] = []
     grid = torch.zeros(1) if settings.method == "ode" else samplers.Chain(**settings.chain).times(model, torch.zeros(1))
     steps = len(grid) - 1  # none by ODE
     moments = np.unique(np.linspace(0, steps - 1, min(MOMENTS, steps)).astype(int)) if shown else np.array([], int)
+    trajectory = np.zeros((len(moments), shown, *model.shape), dtype=np.uint8)
 
     def seen(i: int, z: Tensor, x_hat: Tensor) -> None:
-        if i in moments and len(trajectory) < len(moments):
-            trajectory.append(samplers.nearest_levels(model, x_hat[:shown]).cpu().numpy())
+        if i in moments:
+            trajectory[moments == i] = samplers.nearest_levels(model, x_hat[:shown]).cpu().numpy()
 
-    images = []
-    progress(0)
-    for numbers in _batches(range(settings.count), settings.batch):
-        images.append(draw(model, settings, numbers, seen))
-        progress(numbers.stop)
-    kept = np.stack(trajectory) if trajectory else None
-    return pictures.save_samples(stem, np.concatenate(images), model.levels, kept, grid[moments + 1].numpy())
+    images = draw_all(model, settings, progress, seen, group)
+    group.merge(trajectory)
+    paths: list[Path] = []
+    if group.main:
+        kept = trajectory if len(moments) else None
+        paths = pictures.save_samples(stem, images, model.levels, kept, grid[moments + 1].numpy())
+    return group.tell(paths)
 
 
 def sample_to_shards(
@@ -243,25 +271,29 @@ def sample_to_shards(
     """Shards of ``settings.shard`` images (shards.py) in a folder; complete ones that are there stay. Their paths.
 
     ``source`` (JSON) says of which weights they are: shards of others are not added to. One shard is in memory at a
-    time.
+    time in each process.
     """
+    group = join(model.device)
     settings = resolved(settings, model, "the model")
     assert settings.shard is not None
     said = {k: v for k, v in asdict(settings).items() if k not in WHAT}
-    checkpoints.make_folder(folder)
-    with checkpoints.locked(folder, "sampling into"):
-        shards = Shards.begin(folder, said | source, settings.count, settings.shard, model.shape, model.levels)
-        missing = [i for i in range(len(shards)) if not shards.complete(i)]
+    if group.main:
+        checkpoints.make_folder(folder)
+    with checkpoints.locked(folder, "sampling into") if group.main else contextlib.nullcontext():
+        with group.first():
+            shards = Shards.begin(folder, said | source, settings.count, settings.shard, model.shape, model.levels)
+        missing = group.tell([i for i in range(len(shards)) if group.main and not shards.complete(i)])
         done = settings.count - sum(len(shards.numbers(i)) for i in missing)
         progress(done)
-        for i in missing:
-            images = []
+        for unit in group.units(len(missing)):
+            i, images = missing[unit], []
+            before = done + sum(len(shards.numbers(other)) for other in missing[:unit])
             for numbers in _batches(shards.numbers(i), settings.batch):
                 images.append(draw(model, settings, numbers))
-                done += len(numbers)
-                progress(done)
+                progress(before + numbers.stop - shards.numbers(i).start)
             shards.write(i, np.concatenate(images))
-        for i in range(len(shards)):
+        group.wait()
+        for i in range(len(shards)) if group.main else ():
             if not shards.path(i, ".png").is_file() and (kept := shards.images(i)) is not None:
                 shards.draw(i, kept)
     return [shards.path(i) for i in range(len(shards))]

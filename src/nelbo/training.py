@@ -4,7 +4,7 @@ Everything random in step n is a function of (seed, n) or of (seed, example): da
 latents and dropout. A checkpoint therefore holds weights, their moving average, the optimizer's moments and the step,
 and the sums of the line that the log is in the middle of. Progress is counted in images.
 
-Several processes (``accelerate launch``) each take their part of a batch; the first of them writes.
+Several processes (group.py) each take their part of a batch, of an evaluation and of samples; the first of them writes.
 """
 
 import contextlib
@@ -28,9 +28,10 @@ from nelbo.compose import build_model, noise_parameters, parameters_by_part
 from nelbo.config import Config, refuse_changes, to_dict
 from nelbo.data import Batches, Dataset, load
 from nelbo.data.loader import Batch
-from nelbo.devices import full_float32, versions
+from nelbo.devices import choose_device, full_float32, versions
 from nelbo.draws import Draws
 from nelbo.errors import UserError
+from nelbo.group import join
 from nelbo.logs import Log
 from nelbo.memory import memory_estimate
 from nelbo.model import DiffusionModel
@@ -99,8 +100,11 @@ class Trainer:
         from accelerate import Accelerator
 
         self.config, self.run, self.data = config, run, data
-        self.accelerator = Accelerator(mixed_precision="no")  # the model chooses its own
-        self.processes = self.accelerator.num_processes
+        device = choose_device()
+        self.group = join(device)
+        # The model chooses its own precision.
+        self.accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+        self.processes = self.group.count
         training, o = config.training, config.optimizer
         self.parts = training.accumulate * self.processes
         if training.batch % self.parts:
@@ -125,13 +129,14 @@ class Trainer:
             ADDED, (objective.second_order > 0, objective.loss != "bound"), strict=True
         ) if wanted]  # fmt: skip
         self.extractor: Any = None
-        if training.fid_every and self.accelerator.is_main_process:
+        if training.fid_every:
             from nelbo.extractors import load_extractor
 
-            self.extractor = load_extractor(
-                training.fid_extractor, weights=training.fid_weights, channels=data.shape[0],
-                device=self.accelerator.device,
-            )  # fmt: skip
+            with self.group.first():  # which may have to fetch the weights
+                self.extractor = load_extractor(
+                    training.fid_extractor, weights=training.fid_weights, channels=data.shape[0],
+                    device=self.accelerator.device,
+                )  # fmt: skip
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, float] | None = None
         self.window = self.empty_window()
@@ -230,7 +235,7 @@ class Trainer:
     def take_step(self) -> float:
         """One optimizer step; adds its figures to the window and returns its bits/dim (valid latent charge)."""
         begun, config, training = time.perf_counter(), self.config, self.config.training
-        first = self.accelerator.process_index
+        first = self.group.rank
         # Dropout: a hash of (seed, step, process).
         words = np.random.SeedSequence([training.seed, self.step, first]).generate_state(1, np.uint64)
         torch.manual_seed(int(words[0]))
@@ -315,7 +320,7 @@ class Trainer:
         with full_float32():
             result = likelihood.vlb(
                 self.ema, images, labels=labels, times_per_shift=training.evaluate_times, shifts=2,
-                steps=self.config.objective.steps, batch=training.batch // self.parts,
+                steps=self.config.objective.steps, batch=training.batch // self.parts, group=self.group,
             )  # fmt: skip
         # Figures of other images or other draws are not compared: where these changed, the best starts anew.
         measured = {"images": len(images), "times": training.evaluate_times}
@@ -340,7 +345,7 @@ class Trainer:
         assert self.extractor is not None
         found = fid.during_training(
             self.ema, self.data, self.run, self.extractor, count=training.fid_samples, say=say,
-            method="ddim", steps=training.fid_steps, batch=training.batch,
+            group=self.group, method="ddim", steps=training.fid_steps, batch=training.batch,
         )  # fmt: skip
         images, seconds = self.step * training.batch, round(self.seconds, 3)
         return {"kind": "fid", "step": self.step, "images": images, "seconds": seconds, **found}
@@ -400,19 +405,22 @@ def train(
     signal asked for it.
     """
     run, training = Path(run), config.training
-    record, kept = _read_folder(run), checkpoints.list_checkpoints(run)
-    data = load(config.data.source)
+    group = join(choose_device())
+    with group.first():  # which may have to prepare the images
+        data = load(config.data.source)
+    # What the main process sees: a folder may look different from another machine for a while.
+    record, kept = group.tell((_read_folder(run), checkpoints.list_checkpoints(run)) if group.main else None)
     init = None if init_from is None else {"from": _origin(init_from), "optimizer": init_optimizer}
     if record is not None:
         _check_same(config, data, init, run, record)
+    say = say if group.main else lambda line: None
     if kept and (step := checkpoints.read_checkpoint(run).step) >= training.steps:
         say(f"{run} is complete: {step} of {training.steps} steps")
         return run
     trainer = Trainer(config, run, data)
     if init_from is not None and not kept:
         trainer.begin_from(init_from, init_optimizer)
-    trainer.accelerator.wait_for_everyone()  # all have read the folder before it changes
-    main = trainer.accelerator.is_main_process
+    group.wait()  # all have read the folder before it changes
     if record is None:
         record = {
             "format": checkpoints.FORMAT,
@@ -424,16 +432,16 @@ def train(
             "threads": torch.get_num_threads(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        if main:
+        if group.main:
             checkpoints.make_folder(run)
-    say = say if main else lambda line: None
     with contextlib.ExitStack() as stack:
         log = None
-        if main:
+        if group.main:
             stack.enter_context(checkpoints.locked(run))
-        if kept:
-            trainer.restore(checkpoints.read_checkpoint(run))
-        if main:
+            kept = checkpoints.list_checkpoints(run)
+        if kept := group.tell(kept):
+            trainer.restore(checkpoints.find_checkpoint(kept[-1]))
+        if group.main:
             checkpoints.clean_up(run)
             if record["config"] != to_dict(config):
                 checkpoints.write_json(run / "run.json", {**record, "config": to_dict(config)})
@@ -480,6 +488,11 @@ def _loop(
         images = trainer.step * training.batch
         return every > 0 and images // every > (images - training.batch) // every
 
+    def tell(figures: dict[str, Any], line: str) -> None:
+        if log is not None:
+            log.write(figures)
+        say(line)
+
     while trainer.step < training.steps:
         before = time.perf_counter()
         bits = trainer.take_step()
@@ -492,20 +505,18 @@ def _loop(
             if show is not None:
                 mean, rate = (sum(column) / len(recent) for column in zip(*recent, strict=True))
                 show(trainer.step, mean, training.batch / rate)
-            if due(training.evaluate_every) or (last and training.evaluate_every):
-                figures = trainer.evaluate()
-                log.write(figures)
-                improved = trainer.best is not None and trainer.best["step"] == trainer.step
-                value = likelihood.Estimate(**figures["bits_per_dim"])
-                say(f"step {trainer.step}: {value} bits/dim on validation{', the best so far' * improved}")
-            if due(training.sample_every):
-                trainer.sample()
-            if due(training.fid_every):
-                figures = trainer.fid(say)
-                log.write(figures)
-                name = "FID" if training.fid_extractor == "inception" else f"distance ({training.fid_extractor})"
-                say(f"step {trainer.step}: {name} {figures['fid']:.3f}, {figures['samples']} samples")
-            if stop or last or improved or due(training.save_every):
-                trainer.save()
+        if due(training.evaluate_every) or (last and training.evaluate_every):
+            figures = trainer.evaluate()
+            improved = trainer.best is not None and trainer.best["step"] == trainer.step
+            value = likelihood.Estimate(**figures["bits_per_dim"])
+            tell(figures, f"step {trainer.step}: {value} bits/dim on validation{', the best so far' * improved}")
+        if due(training.sample_every) and log is not None:
+            trainer.sample()
+        if due(training.fid_every):
+            figures = trainer.fid(say)
+            name = "FID" if training.fid_extractor == "inception" else f"distance ({training.fid_extractor})"
+            tell(figures, f"step {trainer.step}: {name} {figures['fid']:.3f}, {figures['samples']} samples")
+        if (stop or last or improved or due(training.save_every)) and log is not None:
+            trainer.save()
         if stop and not last:
             raise Stopped(caught[0] if caught else signal.SIGTERM, trainer.step)

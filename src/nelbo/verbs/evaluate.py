@@ -91,6 +91,7 @@ def carry_out(command: Evaluate) -> None:
     from nelbo import evaluation
     from nelbo.checkpoints import write_aside
     from nelbo.devices import choose_device
+    from nelbo.group import join
     from nelbo.progress import Progress
 
     names = {f.name for f in dataclasses.fields(evaluation.Settings)}
@@ -99,7 +100,8 @@ def carry_out(command: Evaluate) -> None:
     chosen["clip"] = {"own": None, "on": True, "off": False}[command.clip]
     settings = evaluation.Settings(**chosen)
     device = choose_device(command.device)
-    with Progress() as progress:
+    group = join(device)
+    with Progress(shown=group.main) as progress:
 
         def seen(run: str, done: int, images: int, bits: float) -> None:
             progress.update(run, done, images, f"{bits:.4f} bits/dim" if done else "")
@@ -107,6 +109,8 @@ def carry_out(command: Evaluate) -> None:
         found = evaluation.evaluate(
             command.run, settings, compare=command.compare, out=command.out, device=device, progress=seen
         )
+    if not group.main:
+        return
     if command.per_image is not None:
         write_aside(command.per_image, evaluation.per_image_csv(found.result))
     _print_evaluation(command, found)

@@ -79,14 +79,20 @@ def carry_out(command: Fid) -> None:
     set_threads(command.threads)
     from nelbo import fid
     from nelbo.devices import choose_device
+    from nelbo.group import join
     from nelbo.progress import Progress
 
     names = {f.name for f in dataclasses.fields(fid.Settings)}
     settings = fid.Settings(**{k: v for k, v in vars(command).items() if k in names})
     device = choose_device(command.device)
-    with Progress() as progress:
-        found = fid.evaluate(command.source, settings, out=command.out, device=device, progress=progress.update)
-    _print_fid(found)
+    group = join(device)
+    say = print if group.main else lambda line: None
+    with Progress(shown=group.main) as progress:
+        found = fid.evaluate(
+            command.source, settings, out=command.out, device=device, progress=progress.update, say=say
+        )
+    if group.main:
+        _print_fid(found)
 
 
 def _print_fid(found: Any) -> None:

@@ -75,21 +75,27 @@ def carry_out(command: Sample) -> None:
     set_threads(command.threads)
     from nelbo import checkpoints, sampling
     from nelbo.devices import choose_device
+    from nelbo.group import join
     from nelbo.progress import Progress
     from nelbo.resolve import resolve
 
     settings = sampling.Settings(**{f.name: getattr(command, f.name) for f in dataclasses.fields(sampling.Settings)})
     between = _between(command)
     sampling.check(settings, between)
+    device = choose_device(command.device)
+    group = join(device)
     source = resolve(command.run, command.checkpoint, command.weights)
-    model = source.load(source.levels or 256, choose_device(command.device))
+    model = source.load(source.levels or 256, device)
     settings = sampling.resolved(settings, model, source.name)
     stem = command.out or source.folder / "samples" / sampling.name_of(settings, source, command.weights, between)
-    checkpoints.make_folder(stem.parent)
+    if group.main:
+        checkpoints.make_folder(stem.parent)
     if between is not None:
+        if not group.main:  # a row of images is one batch
+            return
         paths = sampling.interpolate_to_files(model, stem, settings, between, source)
     else:
-        with Progress() as progress:
+        with Progress(shown=group.main) as progress:
 
             def seen(done: int) -> None:
                 progress.update("sampling", done, settings.count)
@@ -99,7 +105,8 @@ def carry_out(command: Sample) -> None:
             else:
                 sampling.sample_to_shards(model, stem, settings, sampling.identity(source, command.weights), seen)
                 paths = [stem]
-    print("written: " + ", ".join(map(str, paths)))
+    if group.main:
+        print("written: " + ", ".join(map(str, paths)))
 
 
 def _between(command: Sample) -> Any:
