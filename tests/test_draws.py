@@ -46,7 +46,7 @@ def test_every_part_of_the_key_makes_a_difference():
         for draw in (0, 1, 2**64 - 1)
         for stream in STREAMS
     ]
-    assert len(rows) == 27 * 9
+    assert len(rows) == 27 * 10
     assert len({row.tobytes() for row in rows}) == len(rows)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 __all__ = ["Draws", "generator"]
 
 STREAMS = {
-    name: i for i, name in enumerate(("time", "latent", "eps_0", "eps", "prior", "step", "data", "decode", "probe"))
+    name: i
+    for i, name in enumerate(("time", "latent", "eps_0", "eps", "prior", "step", "data", "decode", "probe", "dropout"))
 }
 
 
@@ -48,6 +49,13 @@ class Draws:
         values = np.empty((len(self.index), *shape), dtype=np.float32)
         for row, (index, number) in enumerate(zip(self.index, self.draw, strict=True)):
             values[row] = draw(generator(self.seed, index, number, stream))
+        return torch.from_numpy(values).to(self.device)
+
+    def keys(self, stream: str, count: int) -> Tensor:
+        """``count`` keys an example for generators on a device: any whole numbers of 64 bits, (B, count), int64."""
+        values = np.empty((len(self.index), count), dtype=np.int64)
+        for row, (index, number) in enumerate(zip(self.index, self.draw, strict=True)):
+            values[row] = generator(self.seed, index, number, stream).bit_generator.random_raw(count).view(np.int64)
         return torch.from_numpy(values).to(self.device)
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:

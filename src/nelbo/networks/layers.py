@@ -4,6 +4,9 @@ r"""Layers of the public VDM and MuLAN networks, for images (B, C, H, W).
     (2)  Fourier features:  sin, cos(2^f 2 pi z) for each exponent f                       (VDM appendix C)
     (3)  residual block:    h = conv_1(swish(norm_1(x))) + project(condition)
                             x' + conv_2(dropout(swish(norm_2(h))))
+    (4)  dropout of an example with a key of two words k, k' of 32 bits: entries 2 j and 2 j + 1 are dropped where the
+         low and the high 16 bits of h_3 are below 2^16 p,
+         h_1 = j G xor k,  h_2 = (h_1 xor h_1 / 2^16) (k' or 1),  h_3 = (h_2 xor h_2 / 2^15) M      modulo 2^32
 
 Kernels start from a truncated normal of variance 1/fan-in (LeCun), biases at 0, and the last layer of each residual
 branch at 0.
@@ -15,15 +18,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nelbo.draws import Draws
+
 __all__ = [
     "AttentionBlock",
+    "Dropout",
     "ResidualBlock",
     "fourier_features",
     "initialise",
+    "key_dropout",
     "norm",
     "time_embedding",
     "zero",
 ]
+
+GOLDEN, MIX = -0x61C88647, 0x2C1B3C6D  # of equation (4): odd numbers of 32 bits
 
 
 def time_embedding(t: Tensor, features: int) -> Tensor:
@@ -67,20 +76,53 @@ def initialise(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+def _kept(keys: Tensor, p: float, like: Tensor) -> Tensor:
+    """Equation (4): 1 where an entry of ``like`` (B, ...) stays, 0 where it is dropped; keys (B,) int64."""
+    entries = like[:1].numel()
+    first, second = (keys << 32 >> 32).int()[:, None], (keys >> 32).int()[:, None]
+    h = torch.arange(-(-entries // 2), dtype=torch.int32, device=like.device).mul_(GOLDEN) ^ first
+    h.bitwise_xor_(h >> 16).mul_(second | 1)
+    h.bitwise_xor_(h >> 15).mul_(MIX)
+    bits = h.view(torch.int16)[:, :entries].view(like.shape)  # uniform in -2^15 .. 2^15 - 1
+    return torch.ge(bits, _dropped(p) - 2**15, out=torch.empty_like(like, memory_format=torch.contiguous_format))
+
+
+def _dropped(p: float) -> int:
+    """Of 2^16 entries, how many are dropped."""
+    return min(round(p * 2**16), 2**16 - 1)
+
+
 class Dropout(nn.Dropout):
-    """Dropout whose mask takes 16 random bits an entry on the CPU, where torch's own draws can cost a tenth of a step.
+    """Dropout whose mask is a function of each example's key: the same on every device, in any batch, and when a forward
+    pass is run again. ``keys`` (B,) int64 are set by ``key_dropout``; without them torch's generator draws one.
 
     p is rounded to a multiple of 2^-16, and kept entries are scaled by the rounded p: the mean is exact.
     """
 
+    keys: Tensor | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p or x.device.type != "cpu":
-            return super().forward(x)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
-        keep = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x))  # 0 and 1
-        return x * keep.div_(1 - dropped / 2**16)
+        if not self.training or not self.p:
+            return x
+        return x * self.mask(x).mul_(1 / (1 - _dropped(self.p) / 2**16))
+
+    def mask(self, x: Tensor) -> Tensor:
+        """1 where an entry of x (B, ...) stays, 0 where it is dropped."""
+        if self.keys is None:
+            key = torch.empty(1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+            return _kept(key, self.p, x[None])[0]
+        if len(self.keys) != len(x):
+            raise ValueError(f"dropout has the keys of {len(self.keys)} examples, got {len(x)}")
+        return _kept(self.keys, self.p, x)
+
+
+def key_dropout(model: nn.Module, draws: Draws | None) -> None:
+    """Give every ``Dropout`` below ``model`` a key of its own for each example of ``draws``, for the forward passes that
+    follow; None takes the keys away."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Dropout) and layer.p]
+    keys = None if draws is None or not layers else draws.keys("dropout", len(layers)).T.contiguous()
+    for i, layer in enumerate(layers):
+        layer.keys = None if keys is None else keys[i]
 
 
 class ResidualBlock(nn.Module):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nelbo.cubics import MonotoneCubic
 from nelbo.networks.attention_unet import AttentionUNet
+from nelbo.networks.layers import Dropout
 
 __all__ = ["TIMESTEP_NETWORKS", "DiffusersUNet", "TimestepNetwork", "ddpm_unet"]
 
@@ -48,11 +49,17 @@ class TimestepNetwork(nn.Module):
 
 
 class DiffusersUNet(nn.Module):
-    """A UNet2DModel of diffusers as (z, n, estimate) -> output; the estimate's channels come before those of z."""
+    """A UNet2DModel of diffusers as (z, n, estimate) -> output; the estimate's channels come before those of z.
+
+    Its dropout becomes that of layers.py, whose mask belongs to the example."""
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
+        for part in list(unet.modules()):
+            for name, layer in part.named_children():
+                if type(layer) is nn.Dropout:
+                    setattr(part, name, Dropout(layer.p))
 
     def forward(self, z: Tensor, n: Tensor, estimate: Tensor | None = None) -> Tensor:
         z = z if estimate is None else torch.cat((estimate, z), 1)
