@@ -44,6 +44,26 @@ def numbers(levels, seed=0):
     return images, z, alpha, gamma
 
 
+@pytest.mark.parametrize("wider", [0.0, 2.0, 4.0, 8.0])
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_the_levels_that_are_left_out_weigh_nothing(levels, wider):
+    """Values and gradients are those of the sum over all levels, where z_0 is near the image's and where it is not."""
+    images, z, alpha, gamma = numbers(levels)
+    for near in (z, 2 * torch.randn(z.shape, dtype=FLOAT, generator=torch.Generator().manual_seed(1))):
+        found = []
+        for part in (True, False):
+            given = [v.clone().requires_grad_() for v in (near, alpha, gamma + wider)]
+            if part:
+                value = log_likelihood(images, *given, levels)
+            else:
+                value = level_log_probs(*given, levels).gather(-1, images[..., None]).flatten(1).sum(1)
+            found.append([value, *torch.autograd.grad(value.sum(), given)])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13 * float(b.detach().abs().max()))
+    broken = log_likelihood(images, z * math.nan, alpha, gamma * math.nan, levels)
+    assert broken.isnan().all()
+
+
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_decoder_by_the_formula(levels):
     """softmax_v(-1/2 (z_0/alpha_0 - x(v))^2 exp(-gamma_0)): a distribution over levels for every entry."""
