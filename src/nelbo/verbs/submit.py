@@ -12,6 +12,7 @@ asked for besides. What each way of ending does:
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -133,11 +134,8 @@ def script(submit: Submit, command: Sequence[str]) -> str:
         raise UserError(f"--time must be longer than --notice = {submit.notice} seconds, got {submit.time!r}")
     if submit.partition is not None and not re.fullmatch(r"[\w.,-]+", submit.partition):
         raise UserError(f"--partition must be a name or names with commas between, got {submit.partition!r}")
-    for option in submit.sbatch:
-        if not re.fullmatch(r"[a-z][a-z-]*(=[^\n]+)?", option):
-            raise UserError(f"--sbatch takes options without their dashes, such as account=NAME, got {option!r}")
     gpus = None if submit.processes else submit.gpus or 1
-    options = {
+    options: dict[str, object] = {
         "job-name": f"nelbo-{command[0]}",
         "nodes": submit.nodes,
         "ntasks-per-node": gpus or submit.processes,
@@ -148,11 +146,16 @@ def script(submit: Submit, command: Sequence[str]) -> str:
         "signal": f"TERM@{submit.notice}",  # to the processes, not to the script
         "output": shlex.quote(str(submit.folder / "%j.log")),
         "open-mode": "append",
+        "requeue": "",
     }
-    lines = [f"--{name}={value}" for name, value in options.items() if value is not None]
-    lines += ["--requeue", *(f"--{option}" for option in submit.sbatch)]
+    for option in submit.sbatch:
+        if not re.fullmatch(r"[a-z][a-z-]*(=[^\n]+)?", option):
+            raise UserError(f"--sbatch takes options without their dashes, such as account=NAME, got {option!r}")
+        name, _, value = option.partition("=")
+        options[name] = shlex.quote(value) if value else ""
+    given = {name: value for name, value in options.items() if value is not None}
     return SCRIPT.format(
-        options="\n".join(f"#SBATCH {line}" for line in lines),
+        options="\n".join(f"#SBATCH --{name}{'=' * (value != '')}{value}" for name, value in given.items()),
         place="GPU" if gpus else "share of the cores",
         cpus=submit.cpus,
         command=shlex.join([sys.executable, "-m", "nelbo.cli", *command]),
@@ -167,14 +170,13 @@ def carry_out(submit: Submit, command: Sequence[str]) -> None:
     if submit.dry_run:
         print(text, end="")
         return
-    submit.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True)
-    except FileNotFoundError:
+    if shutil.which("sbatch") is None:
         raise UserError(
             "submit needs Slurm's sbatch on PATH, and there is none: run it where jobs are submitted, or see "
             "docs/scale.md for other ways to start several processes"
-        ) from None
+        )
+    submit.folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         raise UserError(f"sbatch refused the job: {'; '.join(lines)}")
