@@ -78,6 +78,7 @@ def entries() -> list[Entry]:
         Entry(name, "ddpm-digits", (*DIGITS, *changes.split()), 0, figures=tuple(FIGURES)) for name, changes in DDPM
     ]
     queue += [Entry(name, name, (), 0, figures=(ODE,)) for name in FASHION]
+    queue += [Entry(name, preset, tuple(DIGITS), seed) for seed in SEEDS for name, preset in SMALLER]
     return queue + [Entry(f"{n}-photos32", f"{n}-photos32", tuple(PHOTOS), 0) for n in MAIN]
 
 
@@ -110,6 +111,16 @@ BEYOND: tuple[tuple[str, str, str, bool], ...] = (
     ("idode-vp-digits-first-order", "idode-vp-digits", TUNING.replace("0.1", "0", 1), True),
     ("mulan-digits-second-order", "mulan-digits", TUNING, True),
     ("mulan-digits-first-order", "mulan-digits", TUNING.replace("0.1", "0", 1), True),
+)
+
+
+# Smaller networks around MuLAN's denoiser, beside the public proportions trained once more on the same machine: name,
+# preset.
+SMALLER = (
+    ("mulan-digits-again", "mulan-digits"),
+    ("mulan-small-schedule-digits", "mulan-small-schedule-digits"),
+    ("mulan-factored-schedule-digits", "mulan-factored-schedule-digits"),
+    ("mulan-small-encoder-digits", "mulan-small-encoder-digits"),
 )
 
 
@@ -484,6 +495,7 @@ def write_tables() -> None:
         "photos32-baselines": baseline_table(results, "-photos32"),
         "ablations": final_table(results, ablations, "mulan-digits"),
         "follow-ups": final_table(results, follow_ups, "mulan-digits"),
+        "smaller": final_table(results, [name for name, _ in SMALLER], "mulan-digits-again"),
         "beyond": final_table(results, beyond, "mulan-digits"),
         "ddpm": ddpm_table(results),
         "fashion": fashion_table(results),

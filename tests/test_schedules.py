@@ -87,6 +87,17 @@ def test_ends_are_kept(kind, ends, condition):
 
 
 @pytest.mark.parametrize(("kind", "ends", "condition"), CASES)
+def test_ends_are_those_of_the_curve(kind, ends, condition):
+    """``ends`` says what the curve is at 0 and 1, one for each image; fixed ones are constants."""
+    schedule = make(kind, ends, condition)
+    curve, t = schedule.given(code() if condition else None), torch.zeros(BATCH, dtype=FLOAT)
+    for found, time in zip(schedule.ends(t + 0.3, curve), (t, t + 1), strict=True):
+        assert len(found) == BATCH and found.dtype == FLOAT
+        assert torch.allclose(*torch.broadcast_tensors(found, curve(time)[0]), atol=1e-14, rtol=0)
+        assert found.requires_grad == (ends != "fixed" and (kind, ends) != ("linear", "free"))
+
+
+@pytest.mark.parametrize(("kind", "ends", "condition"), CASES)
 def test_the_rate_integrates_to_the_climb(kind, ends, condition):
     """Gauss-Legendre quadrature of gamma' over [0, 1] gives gamma(1) - gamma(0): G1 - G0 where the ends are kept."""
     schedule, c = make(kind, ends, condition), code(1) if condition else None
@@ -218,6 +229,23 @@ def test_polynomial_network_is_the_papers():
     h = swish(interior.dense_2(swish(interior.dense_1(c))))
     assert torch.allclose(b.flatten(1), interior.head_b(h), rtol=1e-12)
     assert torch.allclose(d.flatten(1), 1e-3 + torch.log1p(torch.exp(interior.head_d(h))), rtol=1e-12)
+
+
+def test_a_factored_polynomial_is_the_full_one_of_its_products():
+    """With a rank the second layer and the heads are products of two; a still starts at 0."""
+    full, factored = Polynomial(SHAPE, CODES, width=7).to(FLOAT), Polynomial(SHAPE, CODES, width=7, rank=2).to(FLOAT)
+    size = math.prod(SHAPE)
+    assert sum(p.numel() for p in factored.parameters()) == 5 * 7 + 7 + 4 * 7 * 2 + 2 * 7 + 7 + 3 * (2 * size + size)
+    assert torch.equal(factored.coefficients(code())[0], torch.zeros(BATCH, *SHAPE, dtype=FLOAT))
+    randomise(factored, 0.5)
+    weights = {"dense_1.weight": factored.dense_1.weight, "dense_1.bias": factored.dense_1.bias}
+    for name in ("dense_2", "head_a", "head_b", "head_d"):
+        first, second = getattr(factored, name)
+        weights |= {f"{name}.weight": second.weight @ first.weight, f"{name}.bias": second.bias}
+        assert torch.linalg.matrix_rank(weights[f"{name}.weight"]) == 2
+    full.load_state_dict(weights)
+    for ours, theirs in zip(factored.coefficients(code()), full.coefficients(code()), strict=True):
+        assert float(ours.detach().std()) > 0.1 and torch.allclose(ours, theirs, rtol=1e-12)
 
 
 def test_polynomial_coefficients_stand_for_their_own_pixels():

@@ -864,7 +864,7 @@ def scaled(name: str, folder: Path) -> Config:
     np.savez(folder / f"{source}.npz", images=images)
     return change(config, {
         "data.source": str(folder / f"{source}.npz"), "network.channels": 8, "network.levels": 2, "network.groups": 2,
-        "schedule.width": 16, "training.batch": 2,
+        "schedule.width": 16, "schedule.rank": config.schedule.rank and 4, "training.batch": 2,
     })  # fmt: skip
 
 

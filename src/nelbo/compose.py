@@ -50,7 +50,7 @@ def _interior(config: Config, shape: tuple[int, int, int], ends: tuple[float, fl
     if schedule.kind == "pixel-monotone":
         return schedules.PixelMonotone(shape, *ends, condition=condition, width=schedule.width)
     if schedule.kind == "polynomial":
-        return schedules.Polynomial(shape, condition, schedule.width)
+        return schedules.Polynomial(shape, condition, schedule.width, schedule.rank)
     if schedule.kind == "scalar-polynomial":
         return schedules.Polynomial((1, 1, 1), condition, schedule.width)
     return schedules.Linear()

@@ -58,6 +58,8 @@ class ScheduleConfig:
     """gamma at t = 1."""
     width: int = 3072
     """Hidden features of the schedule network (3072 in public MuLAN, 1024 in VDM)."""
+    rank: int | None = None
+    """polynomial, given c: the rank of its wide layers, each a product of two. By default they are not factored."""
     form: Literal["linear", "quadratic", "cosine", "sigmoid"] = "linear"
     """betas: along the timesteps, beta itself linear or quadratic, or alpha^2 a cosine or sigmoid."""
     timesteps: int = 1000
@@ -282,7 +284,7 @@ class Config:
 
 TIMESTEPS = ("ddpm", "attention")  # the kinds of network that are told a timestep
 POSITIVE = (
-    "schedule.width latent.size latent.k encoder.channels network.channels network.groups "
+    "schedule.width schedule.rank latent.size latent.k encoder.channels network.channels network.groups "
     "objective.prior_scale optimizer.learning_rate optimizer.schedule_learning_rate optimizer.eps training.steps "
     "training.batch training.accumulate training.log_every training.evaluate_images training.evaluate_times "
     "training.keep training.fid_samples training.fid_steps network.blocks objective.min_snr objective.hybrid "
@@ -342,6 +344,13 @@ def check(config: Config) -> None:
         )
     _check_heads(network)
     _check_ddpm(config)
+    if schedule.rank is not None and (schedule.kind != "polynomial" or latent.kind == "none"):
+        raise UserError(
+            "schedule.rank needs schedule.kind = polynomial and a latent, "
+            f"got schedule.kind = {schedule.kind} and latent.kind = {latent.kind}"
+        )
+    if schedule.rank is not None and not schedule.rank < schedule.width:
+        raise UserError(f"schedule.rank must lie below schedule.width = {schedule.width}, got {schedule.rank}")
     if schedule.ends == "free" and schedule.kind not in ("monotone", "pixel-monotone"):
         raise UserError(f"schedule.ends = free needs schedule.kind monotone or pixel-monotone, got {schedule.kind}")
     if objective.minimise_variance and (schedule.kind, schedule.ends) not in (

@@ -440,8 +440,7 @@ def elbo(
     if importance:
         t, density = times.importance(t, curve, model.path, isinstance(model.schedule.interior, Linear))
     t = _precise(model, t)
-    gamma_0, _ = curve(torch.zeros_like(t))
-    gamma_1, _ = curve(torch.ones_like(t))
+    gamma_0, gamma_1 = model.schedule.ends(t, curve)
     if model.reverse.decoder == "gaussian":
         reconstruction = _decoded(model, images, x, gamma_0, eps_0, c, flag, decoded)
     else:
@@ -525,6 +524,7 @@ def weighted(
         s, t, first = (level - 1).clamp(min=0) / steps, level / steps, level == 0
     elif steps:
         s, t = discrete_times(t, steps)
+    gamma_0, gamma_1 = model.schedule.ends(t, curve)
     gamma, rate = curve(t)
     z = model.path.diffuse(x, gamma, eps).to(dtype)
     out, v = model.outputs(z, gamma, c, flag)
@@ -538,7 +538,7 @@ def weighted(
         diffusion = (0.5 * rate * model.parameterization.weight(model.path, gamma) * apart**2).flatten(1).sum(1)
     if first is None:
         assert eps_0 is not None, "the decoder needs noise of its own"
-        reconstruction = _softmax(model, images, x, curve(torch.zeros_like(t))[0], eps_0)
+        reconstruction = _softmax(model, images, x, gamma_0, eps_0)
         diffusion = diffusion * max(steps, 1)
     else:
         at = torch.nonzero(first)[:, 0]
@@ -549,7 +549,7 @@ def weighted(
         diffusion = torch.where(first, 0.0, (steps + 1) * diffusion)
     zero = torch.zeros_like(diffusion)
     terms = Terms(
-        prior=prior_term(model, x, curve(torch.ones_like(t))[0]),
+        prior=prior_term(model, x, gamma_1),
         reconstruction=reconstruction,
         diffusion=diffusion,
         latent=zero if latent is None else latent.kl,
