@@ -10,10 +10,12 @@ Loading never executes code.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ __all__ = [
     "read_run",
     "read_tensors",
     "save_checkpoint",
+    "sync_folder",
     "to_json",
     "write_aside",
     "write_json",
@@ -83,9 +86,10 @@ def write_aside(path: Path, content: bytes | str) -> None:
             _write(aside, content.encode() if isinstance(content, str) else content)
             os.replace(aside, path)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                aside.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise cannot_write(error, path) from error
 
@@ -97,10 +101,14 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk. Some network file systems cannot be asked to; they do it themselves."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -181,7 +189,10 @@ def locked(folder: Path, doing: str = "training") -> Iterator[None]:
     however that ends."""
     import fcntl
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise cannot_write(error, folder) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,7 +210,8 @@ def clean_up(run: Path) -> None:
     for path in (*run.glob("checkpoints/.tmp-*"), *run.glob("checkpoints/.old-*")):
         shutil.rmtree(path, ignore_errors=True)
     for path in (*run.glob(".*.tmp-*"), *run.glob("samples/.*.tmp-*")):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------
@@ -299,7 +311,8 @@ def save_checkpoint(run: Path, tensors: dict[str, dict[str, Any]], meta: dict[st
     aside = folder / f".tmp-{final.name}"
     files: dict[str, dict[str, Any]] = {}
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.exists():
+            _remove(aside)
         aside.mkdir(parents=True)
         try:
             for name, group in tensors.items():
@@ -308,14 +321,15 @@ def save_checkpoint(run: Path, tensors: dict[str, dict[str, Any]], meta: dict[st
                 _write(aside / name, content)
             meta = {"format": FORMAT, **meta, "files": files}
             _write(aside / "meta.json", (to_json(meta, indent=2) + "\n").encode())
-            _sync_folder(aside)
+            sync_folder(aside)
             if final.exists():
                 _remove(final)
             os.replace(aside, final)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        _sync_folder(folder)
+        sync_folder(folder)
+        sync_folder(run)
     except OSError as error:
         raise cannot_write(error, final) from error
     best = meta.get("best")
@@ -327,11 +341,15 @@ def save_checkpoint(run: Path, tensors: dict[str, dict[str, Any]], meta: dict[st
 
 
 def _remove(path: Path) -> None:
-    """Rename first, so that a killed removal never leaves a checkpoint with files missing."""
-    aside = path.with_name(f".old-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Rename first, so that a killed removal never leaves a checkpoint with files missing.
+
+    What cannot be removed costs room, and nothing else: a file that is open elsewhere stays in its folder on a network
+    file system, as .nfs*. The next save tries again where the name is left, ``clean_up`` where the renamed folder is.
+    """
+    aside = path.with_name(f".old-{path.name.lstrip('.')}-{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        os.replace(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_weights(model: Any, tensors: dict[str, Any], where: Path) -> None:

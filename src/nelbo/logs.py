@@ -1,15 +1,23 @@
-"""A run's log: metrics.jsonl for programs and TensorBoard's event files for people, cut back to where a run goes on."""
+"""A run's log: metrics.jsonl for programs and TensorBoard's event files for people, cut back to where a run goes on.
 
+Steps never fall from line to line, so a log is opened from its end, whatever its length, and cut in place, which needs
+no room. Whatever was logged when a checkpoint is written is on the disk before it.
+"""
+
+import contextlib
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nelbo import checkpoints
 
 __all__ = ["Log"]
+
+BLOCK = 2**20  # bytes read at once
 
 
 class Log:
@@ -21,14 +29,15 @@ class Log:
     def __init__(self, run: Path, step: int) -> None:
         self.path, self.step = run / "metrics.jsonl", step
         self.events: Any = None
-        kept = []
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= step and line.endswith(b"\n"):
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                break  # a killed run may leave its last line cut off
-        checkpoints.write_aside(self.path, b"".join(kept))
+        try:
+            with open(self.path, "a+b") as file:
+                end = _end(file, step)
+                if end < file.seek(0, os.SEEK_END):
+                    file.truncate(end)
+                os.fsync(file.fileno())
+            checkpoints.sync_folder(run)
+        except OSError as error:
+            raise checkpoints.cannot_write(error, self.path) from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record: ``kind``, ``step`` and figures; numbers that are not finite become null."""
@@ -50,9 +59,11 @@ class Log:
 
         now = time.time()
         if self.events is None:
-            folder = self.path.parent / "tensorboard"
+            folder, files = self.path.parent / "tensorboard", "events.out.tfevents."
             folder.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{os.getpid()}"
+            # Files are read in the order of their names, also where another machine's clock is behind.
+            times = [int(t) for p in folder.glob(f"{files}*") if (t := p.name.split(".")[3]).isdecimal()]
+            name = f"{files}{max(int(now), 1 + max(times, default=0))}.{socket.gethostname()}.{os.getpid()}"
             self.events = RecordWriter(open(folder / name, "ab"))
             self.events.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
             # TensorBoard drops what earlier files hold of later steps.
@@ -67,10 +78,47 @@ class Log:
         self.events.write(Event(wall_time=now, step=record["step"], summary=Summary(value=values)).SerializeToString())
         self.events.flush()
 
+    def sync(self) -> None:
+        """Bring the lines so far to the disk: before a checkpoint, which continues after them."""
+        try:
+            with open(self.path, "ab") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise checkpoints.cannot_write(error, self.path) from error
+
     def close(self) -> None:
         """Close the event file."""
         if self.events is not None:
-            self.events.close()
+            with contextlib.suppress(OSError):  # every record was flushed, or its failure has been said
+                self.events.close()
+
+
+def _end(file: BinaryIO, step: int) -> int:
+    """The place after the last whole line of a step up to ``step``."""
+    for start, line in _backwards(file):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                return start + len(line)
+        except (ValueError, KeyError, TypeError):
+            pass  # a killed run may leave its last line cut off
+    return 0
+
+
+def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(where it starts, line) from the last line to the first, a block in memory at a time."""
+    position, rest = file.seek(0, os.SEEK_END), b""
+    while position:
+        size = min(BLOCK, position)
+        position -= size
+        file.seek(position)
+        start = position + size + len(rest)
+        first, *lines = (file.read(size) + rest).splitlines(keepends=True)
+        for line in reversed(lines):
+            start -= len(line)
+            yield start, line
+        rest = first
+    if rest:
+        yield 0, rest
 
 
 CURVES = ("learning_rate", "images_per_second", "gradient_norm", "second_order", "error", "fid", "floor")

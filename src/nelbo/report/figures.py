@@ -20,6 +20,7 @@ __all__ = [
     "TERM_COLOURS",
     "Row",
     "by_time",
+    "ceiling",
     "dots",
     "latent_cost",
     "progressive",
@@ -186,13 +187,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _ceiling(runs: Sequence[Run]) -> float:
+def ceiling(runs: Sequence[Run]) -> float:
     """Where to cut the axis above: the first tenth of training lies so high that the rest would look flat."""
     late = [run.curves.train[len(run.curves.train) // 10 :, 2] for run in runs]
     late += [run.curves.validation[len(run.curves.validation) // 10 :, 2] for run in runs]
     values = np.concatenate(late)
     values = values[np.isfinite(values)]
-    low, high = values.min(), values.max()
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
     return float(high + 0.1 * max(high - low, 0.01))
 
 
@@ -206,7 +207,8 @@ def training(runs: Sequence[Run], against: str, label: str) -> Markup:
         for run in runs:
             train, validation, colour = run.curves.train, run.curves.validation, _colour(run.number)
             if len(train):
-                axes.plot(train[:, column] / scale, train[:, 2], color=colour, linewidth=0.7, alpha=0.25)
+                lines = run.curves.lines
+                axes.plot(lines[:, column] / scale, lines[:, 2], color=colour, linewidth=0.7, alpha=0.25)
                 x, y = train[:, column] / scale, _smooth(train[:, 2])
                 axes.plot(x, y, _dash(run.number), color=colour, label=short(run.name))
             if len(validation):
@@ -220,7 +222,7 @@ def training(runs: Sequence[Run], against: str, label: str) -> Markup:
                     linewidth=1,
                     capsize=2,
                 )
-        axes.set_ylim(top=_ceiling(runs))
+        axes.set_ylim(top=ceiling(runs))
         axes.set_xlim(left=0)
         axes.set_xlabel(unit if against == "step" else f"{unit} of training")
         axes.set_ylabel("bits/dim")

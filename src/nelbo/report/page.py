@@ -212,6 +212,7 @@ def _training(group: Group) -> Block:
     label = "; ".join(ends)
     if any(not len(run.curves.validation) for run in trained):
         block.sentences.append("Runs without marks have had no validation yet.")
+    block.sentences += tables.thinning_sentences(trained, figures.ceiling(trained))
     captions = {"step": "Against optimizer steps", "seconds": "Against wall clock, all resumptions added up"}
     for against, caption in captions.items():
         svg = figures.training(trained, against, f"Training curves: bits/dim, {caption.lower()}. {label}.")

@@ -1,6 +1,6 @@
 """A run folder as the report reads it: run.json, metrics.jsonl, evaluations and samples.
 
-A long metrics.jsonl is streamed and averaged in bins, so that memory and the page stay bounded whatever its length.
+A long metrics.jsonl is streamed and put into bins, so that memory and the page stay bounded whatever its length.
 """
 
 import json
@@ -19,8 +19,8 @@ from nelbo.errors import UserError
 
 __all__ = ["Baseline", "Curves", "Estimate", "Evaluation", "Run", "Samples", "Thinned", "read_runs"]
 
-MOST_POINTS = 1000
-MOST_EVALUATIONS = 400
+MOST_BINS = 500  # of lines of training
+MOST_MARKS = 300  # bins of evaluations
 MOST_IMAGES = 64
 
 
@@ -74,38 +74,81 @@ class Evaluation:
         return str(self.settings.get("method", "vlb"))
 
 
+Numbers = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Some rows that follow each other: how many, their sum, and those of the least and of the largest value."""
+
+    count: int
+    total: Numbers
+    least: Numbers
+    largest: Numbers
+
+    def with_next(self, other: "Bin", value: int) -> "Bin":
+        """This one and the next as one; ``value`` is the column that is compared, nan never least nor largest."""
+        total = tuple([a + b for a, b in zip(self.total, other.total, strict=True)])
+        a, b = self.least, other.least
+        least = b if b[value] < a[value] or a[value] != a[value] else a
+        a, b = self.largest, other.largest
+        return Bin(self.count + other.count, total, least, b if b[value] > a[value] or a[value] != a[value] else a)
+
+
 class Thinned:
-    """A series of rows averaged in equal bins: at most ``limit`` bins and a rest, however many rows come."""
+    """A series of rows in equal bins, at most ``limit`` and a rest, however many rows come. Kept of each bin: the mean,
+    and the rows that are least and largest in the column ``value``; and the first row and the last of all."""
 
-    def __init__(self, columns: int, limit: int = MOST_POINTS) -> None:
-        self.limit, self.width = limit, 1
-        self.bins: list[np.ndarray] = []
-        self.total, self.count = np.zeros(columns), 0
+    def __init__(self, columns: int, limit: int = MOST_BINS, value: int = -1) -> None:
+        self.columns, self.limit, self.value = columns, limit, value
+        self.width, self.count = 1, 0
+        self.bins: list[Bin] = []
+        self.rest: Bin | None = None
+        self.first: Numbers = ()
+        self.last: Numbers = ()
 
-    def add(self, row: tuple[float, ...]) -> None:
+    def add(self, row: Numbers) -> None:
         """One row more; where the bins run out, neighbours are merged and bins are twice as wide."""
-        self.total, self.count = self.total + row, self.count + 1
-        if self.count < self.width:
+        self.first, self.last, self.count = self.first or row, row, self.count + 1
+        new = Bin(1, row, row, row)
+        self.rest = new if self.rest is None else self.rest.with_next(new, self.value)
+        if self.rest.count < self.width:
             return
-        self.bins.append(self.total / self.count)
-        self.total, self.count = np.zeros_like(self.total), 0
+        self.bins.append(self.rest)
+        self.rest = None
         if len(self.bins) >= self.limit:
-            self.bins = [(a + b) / 2 for a, b in zip(self.bins[::2], self.bins[1::2], strict=True)]
-            self.width *= 2
+            pairs = zip(self.bins[::2], self.bins[1::2], strict=True)
+            self.bins, self.width = [a.with_next(b, self.value) for a, b in pairs], 2 * self.width
 
     def rows(self) -> np.ndarray:
-        """(points, columns), the last bin possibly of fewer rows."""
-        rest = [self.total / self.count] if self.count else []
-        return np.array(self.bins + rest).reshape(-1, len(self.total))
+        """Means, (bins, columns), the last bin possibly of fewer rows."""
+        return np.array([[x / b.count for x in b.total] for b in self._all()]).reshape(-1, self.columns)
+
+    def points(self) -> np.ndarray:
+        """Rows as they came, (points, columns), by their first column: the first, of each bin the least and the
+        largest, the last. At most 2 limit + 2; all there are while no bin holds two."""
+        ends = (self.first, self.last) if self.count else ()
+        kept = {row[0]: row for row in (*ends, *(row for b in self._all() for row in (b.least, b.largest)))}
+        return np.array([kept[place] for place in sorted(kept)]).reshape(-1, self.columns)
+
+    def _all(self) -> list[Bin]:
+        return self.bins if self.rest is None else [*self.bins, self.rest]
 
 
 @dataclass
 class Curves:
-    """metrics.jsonl. train: (points, 4) of step, seconds, bits/dim, latent term in bits/dim, averaged in bins.
-    validation: (points, 4) of step, seconds, bits/dim and its standard error."""
+    """metrics.jsonl. train: (bins, 4) of step, seconds, bits/dim, latent term in bits/dim, averaged in bins of
+    ``train_bin`` lines; lines: (points, 4), the first and the last line and those of the least and the largest bits/dim
+    in every bin. validation: (points, 4) of step, seconds, bits/dim and its standard error; of more than ``MOST_MARKS``
+    those chosen in the same way, from bins of ``validation_bin``."""
 
     train: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    lines: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
     validation: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    train_count: int = 0
+    train_bin: int = 1
+    validation_count: int = 0
+    validation_bin: int = 1
     step: int = 0
     images: int = 0
     seconds: float = 0.0
@@ -257,7 +300,7 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _curves(file: Path) -> Curves:
-    curves, train, validation = Curves(), Thinned(4), []
+    curves, train, validation = Curves(), Thinned(4, value=2), Thinned(4, MOST_MARKS, value=2)
     if not file.exists():
         return curves
     seen = {"train": -1, "evaluation": -1}
@@ -276,13 +319,13 @@ def _curves(file: Path) -> Curves:
             train.add((step, seconds, bits, _entry(values, "terms.latent", float, place)))
         else:
             value = _estimate(values, "bits_per_dim", place)
-            validation.append((step, seconds, value.mean, value.error))
-            if len(validation) > 2 * MOST_EVALUATIONS:
-                del validation[1::2]
+            validation.add((step, seconds, value.mean, value.error))
         if step >= curves.step:
             curves.step, curves.seconds = step, seconds
             curves.images = _entry(values, "images", int, place)
-    curves.train, curves.validation = train.rows(), np.array(validation).reshape(-1, 4)
+    curves.train, curves.lines, curves.validation = train.rows(), train.points(), validation.points()
+    curves.train_count, curves.train_bin = train.count, train.width
+    curves.validation_count, curves.validation_bin = validation.count, validation.width
     return curves
 
 

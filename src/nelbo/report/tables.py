@@ -31,6 +31,7 @@ __all__ = [
     "provenance",
     "settings_table",
     "terms_table",
+    "thinning_sentences",
 ]
 
 PUBLISHED = ", as published"
@@ -114,6 +115,11 @@ def number(value: float, sign: bool = False, digits: int = 4) -> str:
     if not math.isfinite(value):
         return "–"
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def _thousands(value: Any) -> str:
+    """12 345; what is no whole number plainly."""
+    return f"{value:,}".replace(",", " ") if isinstance(value, int) else plain(value)
 
 
 def figure(value: Estimate) -> str:
@@ -342,25 +348,48 @@ def machine_table(runs: Sequence[Run]) -> Table:
     def row(name: str, values: Sequence[str]) -> Row:
         return Row(name, [Cell(value) for value in values], kind="setting")
 
-    def thousands(value: Any) -> str:
-        return f"{value:,}".replace(",", " ") if isinstance(value, int) else plain(value)
-
     def rate(run: Run) -> str:
         return f"{run.curves.images / run.curves.seconds:,.0f}".replace(",", " ") if run.curves.seconds > 0 else "–"
 
     rows = [
         row("started", [plain(run.info.get("created", "–")) for run in runs]),
         row("training, wall clock", [duration(run.curves.seconds) for run in runs]),
-        row("training steps", [thousands(run.curves.step) for run in runs]),
-        row("images seen", [thousands(run.curves.images) for run in runs]),
+        row("training steps", [_thousands(run.curves.step) for run in runs]),
+        row("images seen", [_thousands(run.curves.images) for run in runs]),
         row("images a second, overall", [rate(run) for run in runs]),
         row("evaluation, wall clock", [duration(r.headline.seconds) if r.headline else "–" for r in runs]),
-        row("parameters", [thousands(run.info["parameters"]) for run in runs]),
+        row("parameters", [_thousands(run.info["parameters"]) for run in runs]),
     ]
     for title, key in (("parameters of the ", "parameters_by_part"), ("", "versions")):
         for name in dict.fromkeys(name for run in runs for name in run.info[key]):
-            rows.append(row(title + name, [thousands(run.info[key].get(name, "–")) for run in runs]))
+            rows.append(row(title + name, [_thousands(run.info[key].get(name, "–")) for run in runs]))
     return Table("Time taken, size and versions", ["", *(run.name for run in runs)], rows)
+
+
+def thinning_sentences(runs: Sequence[Run], ceiling: float) -> list[str]:
+    """What the training curves leave out of long logs; ``ceiling``: where the figure is cut above."""
+    sentences = []
+    for run in runs:
+        curves = run.curves
+        if curves.train_bin > 1:
+            sentences.append(
+                f"{run.name} has {_thousands(curves.train_count)} lines of training. The strong line goes through "
+                f"means of {_thousands(curves.train_bin)}; the pale one through the first line, the last and, of every "
+                f"{_thousands(curves.train_bin)}, the least and the largest."
+            )
+            late = curves.lines[curves.lines[:, 0] >= curves.train[len(curves.train) // 10, 0]]
+            largest = late[np.nanargmax(late[:, 2])] if np.isfinite(late[:, 2]).any() else late[0]
+            if largest[2] > ceiling:
+                sentences.append(
+                    f"After the first tenth the pale line of {run.name} goes above the axis, up to "
+                    f"{number(largest[2])} bits/dim at step {_thousands(int(largest[0]))}."
+                )
+        if curves.validation_bin > 1:
+            sentences.append(
+                f"{run.name} was validated {_thousands(curves.validation_count)} times. Shown are the first, the last "
+                f"and, of every {_thousands(curves.validation_bin)}, the least and the largest figure."
+            )
+    return sentences
 
 
 def latent_sentences(run: Run, use: dict[str, Any] | None) -> list[str]:
