@@ -517,6 +517,7 @@ def _loop(
             name = "FID" if training.fid_extractor == "inception" else f"distance ({training.fid_extractor})"
             tell(figures, f"step {trainer.step}: {name} {figures['fid']:.3f}, {figures['samples']} samples")
         if (stop or last or improved or due(training.save_every)) and log is not None:
+            log.sync()
             trainer.save()
         if stop and not last:
             raise Stopped(caught[0] if caught else signal.SIGTERM, trainer.step)
