@@ -151,8 +151,8 @@ def script(submit: Submit, command: Sequence[str]) -> str:
     for option in submit.sbatch:
         if not re.fullmatch(r"[a-z][a-z-]*(=[^\n]+)?", option):
             raise UserError(f"--sbatch takes options without their dashes, such as account=NAME, got {option!r}")
-        name, _, value = option.partition("=")
-        options[name] = shlex.quote(value) if value else ""
+        key, _, text = option.partition("=")
+        options[key] = shlex.quote(text) if text else ""
     given = {name: value for name, value in options.items() if value is not None}
     return SCRIPT.format(
         options="\n".join(f"#SBATCH --{name}{'=' * (value != '')}{value}" for name, value in given.items()),
