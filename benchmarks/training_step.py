@@ -6,7 +6,8 @@ Measured in one process, interleaved (step, convolutions, matrix products; again
   backward, clipping, AdamW, moving average. Nothing is copied from the library to be timed here.
 - **convolutions alone**: every convolution that a real step ran is recorded in it (shapes, strides, precision, which
   gradients were asked for) and run again by itself, forward and backward, each as often as it occurred. The figure
-  that the step is held against is that of the 3x3 convolutions; that of all, with 1x1 shortcuts, is given beside it.
+  that the step is held against is that of the 3x3 convolutions; that of all is given beside it, with 1x1 shortcuts
+  where they are convolutions (on a CPU the flat U-Net's are matrix products).
 - **GEMM**: the best of several square matrix products, by ``torch.mm`` and by a 1x1 convolution (the two go to
   different libraries), in the same precision.
 
@@ -222,8 +223,10 @@ class Recorder(TorchDispatchMode):
             self.convolutions[found] += 1
         elif torch._C._current_graph_task_id() == -1:  # not in the backward pass, where recomputation also happens
             if name in ("mm", "bmm", "addmm", "baddbmm"):
-                left = args[1] if "add" in name else args[0]
-                self.forward_flops["attention" if "bmm" in name else "dense"] += 2 * result.numel() * left.shape[-1]
+                left, right = args[1:3] if "add" in name else args[:2]
+                # One matrix for all images, repeated without memory of its own, is a dense layer or a 1x1 convolution.
+                shared = "bmm" not in name or not left.stride(0) or not right.stride(0)
+                self.forward_flops["dense" if shared else "attention"] += 2 * result.numel() * left.shape[-1]
             elif name.startswith("_scaled_dot_product"):
                 query, key = args[:2]
                 self.forward_flops["attention"] += 4 * query.numel() * key.shape[-2]

@@ -93,8 +93,8 @@ def _dropped(p: float) -> int:
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose mask is a function of each example's key: the same on every device, in any batch, and when a forward
-    pass is run again. ``keys`` (B,) int64 are set by ``key_dropout``; without them torch's generator draws one.
+    """Dropout whose mask is a function of each example's key: the same on every device, in any batch, and when a
+    forward pass is run again. ``keys`` (B,) int64 are set by ``key_dropout``; without them torch's generator draws one.
 
     p is rounded to a multiple of 2^-16, and kept entries are scaled by the rounded p: the mean is exact.
     """
@@ -117,12 +117,26 @@ class Dropout(nn.Dropout):
 
 
 def key_dropout(model: nn.Module, draws: Draws | None) -> None:
-    """Give every ``Dropout`` below ``model`` a key of its own for each example of ``draws``, for the forward passes that
-    follow; None takes the keys away."""
+    """Give every ``Dropout`` below ``model`` a key of its own for each example of ``draws``, for the forward passes
+    that follow; None takes the keys away."""
     layers = [layer for layer in model.modules() if isinstance(layer, Dropout) and layer.p]
     keys = None if draws is None or not layers else draws.keys("dropout", len(layers)).T.contiguous()
     for i, layer in enumerate(layers):
         layer.keys = None if keys is None else keys[i]
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution; on a CPU one matrix product an image, which is a tenth faster, forward and backward."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        assert self.bias is not None
+        kernel = self.weight.flatten(1).to(x.dtype).expand(len(x), -1, -1)
+        return torch.baddbmm(self.bias[:, None], kernel, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class ResidualBlock(nn.Module):
@@ -138,7 +152,7 @@ class ResidualBlock(nn.Module):
         self.norm_2 = norm(outputs, groups, eps)
         self.dropout = Dropout(dropout)
         self.conv_2 = zero(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.shortcut = Pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift = self.project(condition)
