@@ -5,6 +5,7 @@
     RUN/checkpoints/step-000001000/       weights.safetensors, ema.safetensors, optimizer.safetensors, meta.json
     RUN/samples/, RUN/evaluations/        pictures and figures
 
+Where processes hold parts of the weights (sharding.py) each writes its own: ema-00000-of-00002.safetensors and so on.
 A checkpoint is complete when its folder has its final name; meta.json holds the size and SHA-256 of every file.
 Loading never executes code.
 """
@@ -270,13 +271,26 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    """The tensors of one file of a checkpoint, after its size and SHA-256 were checked."""
-    path = checkpoint.path / name
-    expected = checkpoint.meta["files"].get(name)
-    if expected is None:
-        raise UserError(f"{checkpoint.path} has no {name}; it holds {', '.join(checkpoint.meta['files'])}")
-    advice = "use another checkpoint, or remove that folder to go on from the one before"
-    return read_tensors(path, expected, str(path), f"that were written with its checksum; {advice}")
+    """The tensors of a checkpoint's file of that name, whole where processes wrote their own rows of them; after sizes
+    and SHA-256 were checked."""
+    import torch
+
+    pieces: dict[str, list[Any]] = {}
+    for piece in _pieces(name, checkpoint.meta.get("pieces", 1)):
+        path, expected = checkpoint.path / piece, checkpoint.meta["files"].get(piece)
+        if expected is None:
+            raise UserError(f"{checkpoint.path} has no {piece}; it holds {', '.join(checkpoint.meta['files'])}")
+        advice = "use another checkpoint, or remove that folder to go on from the one before"
+        found = read_tensors(path, expected, str(path), f"that were written with its checksum; {advice}")
+        for key, rows in found.items():
+            pieces.setdefault(key, []).append(rows)
+    return {key: rows[0] if len(rows) == 1 else torch.cat(rows) for key, rows in pieces.items()}
+
+
+def _pieces(name: str, count: int) -> list[str]:
+    """The files that a checkpoint's file is in where ``count`` processes wrote it."""
+    stem, _, suffix = name.rpartition(".")
+    return [name] if count == 1 else [f"{stem}-{i:05d}-of-{count:05d}.{suffix}" for i in range(count)]
 
 
 def read_tensors(path: Path, expected: dict[str, Any], name: str, why: str) -> dict[str, Any]:
@@ -299,42 +313,56 @@ def read_tensors(path: Path, expected: dict[str, Any], name: str, why: str) -> d
         raise UserError(f"{name} is not a safetensors file ({error})") from None
 
 
-def save_checkpoint(run: Path, tensors: dict[str, dict[str, Any]], meta: dict[str, Any], keep: int) -> Checkpoint:
+def save_checkpoint(
+    run: Path, tensors: dict[str, dict[str, Any]], meta: dict[str, Any], keep: int, group: Any = None
+) -> Checkpoint:
     """Write a checkpoint aside and rename it; then drop older ones but the last ``keep`` and the best.
 
     ``tensors``: file name -> name -> tensor. ``meta`` must hold "step", and "best" ({"step", "bits_per_dim"} or None).
+    ``group``: the processes (nelbo.group.Group) which each write their own rows of the tensors, all in a folder that
+    they share; without it this process writes all.
     """
     from safetensors.torch import save
 
+    main, rank, count = (group.main, group.rank, group.count) if group else (True, 0, 1)
     folder = run / "checkpoints"
     final = folder / checkpoint_name(meta["step"])
     aside = folder / f".tmp-{final.name}"
     files: dict[str, dict[str, Any]] = {}
     try:
-        if aside.exists():
-            _remove(aside)
-        aside.mkdir(parents=True)
+        if main:
+            if aside.exists():
+                _remove(aside)
+            aside.mkdir(parents=True)
         try:
-            for name, group in tensors.items():
-                content = save({k: v.detach().cpu().contiguous() for k, v in group.items()})
+            if group:
+                group.wait()
+            for name, entries in tensors.items():
+                content = save({k: v.detach().cpu().contiguous() for k, v in entries.items()})
+                name = _pieces(name, count)[rank]
                 files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
                 _write(aside / name, content)
-            meta = {"format": FORMAT, **meta, "files": files}
-            _write(aside / "meta.json", (to_json(meta, indent=2) + "\n").encode())
-            sync_folder(aside)
-            if final.exists():
-                _remove(final)
-            os.replace(aside, final)
+            for theirs in group.ask(files) if group else ():
+                files |= theirs
+            meta = {"format": FORMAT, **meta, **({"pieces": count} if count > 1 else {}), "files": files}
+            if main:
+                _write(aside / "meta.json", (to_json(meta, indent=2) + "\n").encode())
+                sync_folder(aside)
+                if final.exists():
+                    _remove(final)
+                os.replace(aside, final)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            if main:
+                shutil.rmtree(aside, ignore_errors=True)
             raise
-        sync_folder(folder)
-        sync_folder(run)
+        if main:
+            sync_folder(folder)
+            sync_folder(run)
     except OSError as error:
         raise cannot_write(error, final) from error
     best = meta.get("best")
     kept = {p.name for p in list_checkpoints(run)[-keep:]} | ({checkpoint_name(best["step"])} if best else set())
-    for path in list_checkpoints(run):
+    for path in list_checkpoints(run) if main else ():
         if path.name not in kept:
             _remove(path)
     return Checkpoint(final, meta)

@@ -124,8 +124,16 @@ def main(arguments: list[str] | None = None) -> int:
     where another process was lost, and the same command may succeed."""
     choose_waiting()
     keep_memory()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+    if threading.current_thread() is not threading.main_thread():
+        return _main(arguments)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return _main(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _main(arguments: list[str] | None) -> int:
     try:
         run(sys.argv[1:] if arguments is None else arguments)
         if group := _group():
@@ -139,6 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         message = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        if _group() and number == signal.SIGTERM:
+            from nelbo.group import RESUME
+
+            message += f", which a launcher sends to all processes when one is lost; {RESUME}"
         status = 128 + number
     except OSError as error:
         message, status = f"{error.filename or 'the system'}: {error.strerror or error}", 2
@@ -149,8 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif _group() and re.search("gloo|NCCL|[Cc]onnection|[Ss]ocket|peer", str(error)):
             from nelbo.group import RESUME, TEMPORARY
 
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line comes first
             _group().cut_off()  # ends this process where the reason is known
-            message, status = f"the connection to another process is lost ({lines[0]}); {RESUME}", TEMPORARY
+            reason = re.sub(r"^\[[^]]*\] |\. .*", "", lines[0])
+            message, status = f"another process is lost ({reason}); {RESUME}", TEMPORARY
         else:
             _report(error)
             raise

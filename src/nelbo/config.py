@@ -254,6 +254,8 @@ class TrainingConfig:
     """Features of such a FID (see nelbo fid --help)."""
     fid_weights: str | None = None
     """File of the extractor's weights. By default inception's are fetched."""
+    sharding: Literal["none", "full"] = "none"
+    """full: each of several processes holds its part of weights, gradients, moments and average (FSDP)."""
     save_every: int = 1_000_000
     """Images between checkpoints; 0 is only at the end."""
     keep: int = 3
@@ -523,7 +525,7 @@ def _parse(value: Any, hint: Any, where: str) -> Any:
 FREE = (
     "training.steps training.log_every training.evaluate_every training.evaluate_images training.evaluate_times "
     "training.sample_every training.save_every training.keep data.source training.fid_every training.fid_samples "
-    "training.fid_steps training.fid_extractor training.fid_weights"
+    "training.fid_steps training.fid_extractor training.fid_weights training.sharding"
 ).split()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nelbo import pixels
 from nelbo.draws import Draws
 from nelbo.latents import Latent, LatentDraw
+from nelbo.networks.layers import Dropout
 from nelbo.parameterizations import Parameterization
 from nelbo.paths import Path
 from nelbo.schedules import Schedule
@@ -73,6 +74,7 @@ class DiffusionModel(nn.Module):
         self.learned_variance = (
             self.reverse.variance == "learned"
         )  # of the network: a reverse of another kind may follow
+        self.coin = Dropout(0.5)  # whether an example is given its estimate in training: a choice of its own
         self.autocast: torch.dtype | None = None
 
     @property
@@ -137,7 +139,7 @@ class DiffusionModel(nn.Module):
             first = self.network(z, gamma, conditioning, torch.zeros_like(z))[:, : self.shape[0]]
         estimate, _ = self.parameterization.solve(self.path, gamma, z, first)
         if self.training:
-            estimate = estimate * (torch.rand(len(z), 1, 1, 1, device=z.device) < 0.5)
+            estimate = estimate * self.coin.mask(estimate[:, :1, :1, :1])
         with self._precision(z):
             return self.network(z, gamma, conditioning, estimate.to(z.dtype))
 

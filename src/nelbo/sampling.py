@@ -21,7 +21,7 @@ from nelbo.data import load
 from nelbo.data.files import read_image
 from nelbo.draws import Draws
 from nelbo.errors import UserError
-from nelbo.group import ALONE, Group, join
+from nelbo.group import ALONE, Group, joined
 from nelbo.latents import Label
 from nelbo.likelihood import SolverError
 from nelbo.model import DiffusionModel
@@ -240,7 +240,7 @@ def sample_to_files(
 
     ``progress`` is called with the images done.
     """
-    group = join(model.device)
+    group = joined()
     settings = resolved(settings, model, "the model")
     shown = min(settings.trajectory, settings.count, settings.batch)
     grid = torch.zeros(1) if settings.method == "ode" else samplers.Chain(**settings.chain).times(model, torch.zeros(1))
@@ -273,7 +273,7 @@ def sample_to_shards(
     ``source`` (JSON) says of which weights they are: shards of others are not added to. One shard is in memory at a
     time in each process.
     """
-    group = join(model.device)
+    group = joined()
     settings = resolved(settings, model, "the model")
     assert settings.shard is not None
     said = {k: v for k, v in asdict(settings).items() if k not in WHAT}

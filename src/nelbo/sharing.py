@@ -155,6 +155,8 @@ def save_pretrained(
         _check_repo(repo)
     if draw < 0:
         raise UserError(f"draw must be 0 samples or more, got {draw}")
+    from safetensors.torch import save
+
     if weights not in checkpoints.WEIGHTS:
         raise UserError(f"weights must be one of {', '.join(checkpoints.WEIGHTS)}, got {weights!r}")
     record, found = checkpoints.read_run(run), checkpoints.read_checkpoint(run, checkpoint)
@@ -164,7 +166,7 @@ def save_pretrained(
     if draw and _samples(run, found.step, weights, record["data"]) is None:
         _draw(model, run, found.step, weights, draw)
     samples = _samples(run, found.step, weights, record["data"])
-    content = _bytes(found, checkpoints.WEIGHTS[weights])
+    content = save(checkpoints.load_tensors(found, checkpoints.WEIGHTS[weights]))
     described = _description(record, found, weights, content, samples)
     figures, distances = _figures(run, described), _distances(run, found.step, weights)
     card = model_card(described, figures, distances, repo, out.name, license).encode()
@@ -219,14 +221,6 @@ def _without_folder(source: str) -> str:
     """A data set's name as it is; of a path, the last part."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() or path.is_absolute() or source[0] in "./\\~" else source
-
-
-def _bytes(found: checkpoints.Checkpoint, name: str) -> bytes:
-    """A file of a checkpoint, which was checked just now."""
-    content = (found.path / name).read_bytes()
-    if hashlib.sha256(content).hexdigest() != found.meta["files"][name]["sha256"]:
-        raise UserError(f"{found.path / name} changed while it was read; share it again")
-    return content
 
 
 def _refuse(out: Path, said: str, record: dict[str, Any]) -> None:

@@ -35,9 +35,11 @@ from nelbo.group import join
 from nelbo.logs import Log
 from nelbo.memory import memory_estimate
 from nelbo.model import DiffusionModel
+from nelbo.networks.layers import key_dropout
 from nelbo.objectives import Terms, Weighting
 from nelbo.optimizers import learning_rate_factor, parameter_groups, update_ema
 from nelbo.resolve import find_shared, is_hub_id
+from nelbo.sharding import is_part, place_like, rows, shard, whole
 from nelbo.stopping import Stopped, listen
 
 __all__ = ["train"]
@@ -65,6 +67,7 @@ class Loss(nn.Module):
         config, device = self.config, self.model.device
         seed, size = config.training.seed, config.training.batch
         draws = Draws(seed, batch.index, 0, device)
+        key_dropout(self.model, draws)
         positions = torch.arange(size, device=device)[part]
         # Stratified times share one shift, that of the step; independent ones have their own.
         keys = batch.index if config.objective.times == "uniform" else [step] * len(positions)
@@ -106,20 +109,34 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
         self.processes = self.group.count
         training, o = config.training, config.optimizer
+        if training.sharding == "full" and config.objective.second_order:
+            raise UserError(
+                "training.sharding full gathers weights for one pass forward and one back, and objective.second_order "
+                f"{config.objective.second_order} takes more: use none"
+            )
         self.parts = training.accumulate * self.processes
         if training.batch % self.parts:
             raise UserError(
                 f"training.accumulate times the number of processes must divide training.batch = {training.batch}, "
                 f"got {training.accumulate} and {self.processes}"
             )
-        self.model = build_model(config, data.shape, data.levels, data.classes or None).to(self.accelerator.device)
+        self.model = self.new_model()
         if training.precision == "bf16":
             self.model.autocast = torch.bfloat16
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.ema.autocast = None
+        loss: Any = Loss(self.model, config)
+        self.sharded = training.sharding == "full" and self.processes > 1
+        if self.sharded:
+            for whole_module, model in ((loss, self.model), (self.ema, self.ema)):
+                assert isinstance(model.network, nn.Module)
+                shard(whole_module, model.network, device)
         groups = parameter_groups(self.model, o, noise_parameters(self.model))
         optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta_1, o.beta_2), eps=o.eps, fused=True)
-        self.loss, self.optimizer = self.accelerator.prepare(Loss(self.model, config), optimizer)
+        self.loss: Any = loss
+        self.optimizer: Any = optimizer
+        if not self.sharded:
+            self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
         self.batches = Batches(
             data.images["train"], None if data.labels is None else data.labels["train"],
             training.batch, training.seed, config.data.augment,
@@ -141,6 +158,19 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self.window = self.empty_window()
 
+    def new_model(self) -> DiffusionModel:
+        """A model as training begins with."""
+        config, data = self.config, self.data
+        return build_model(config, data.shape, data.levels, data.classes or None).to(self.accelerator.device)
+
+    def averaged(self) -> DiffusionModel:
+        """The model with averaged weights, whole in every process. All of them must ask."""
+        if not self.sharded:
+            return self.ema
+        model = self.new_model().eval().requires_grad_(False)
+        model.load_state_dict({name: whole(value) for name, value in self.ema.state_dict().items()})
+        return model
+
     @staticmethod
     def empty_window() -> dict[str, float]:
         """Sums over the steps since the last line of the log."""
@@ -149,7 +179,9 @@ class Trainer:
     # State -----------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step: the main process, or all where each holds a part."""
+        if not (self.group.main or self.sharded):
+            return
         moments = {}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
@@ -159,6 +191,12 @@ class Trainer:
             checkpoints.WEIGHTS["ema"]: self.ema.state_dict(),
             checkpoints.OPTIMIZER: moments,
         }
+        for entries in tensors.values():
+            for name, value in list(entries.items()):
+                if is_part(value):
+                    entries[name] = rows(value)
+                elif not self.group.main:
+                    del entries[name]  # whole in every process, kept once
         meta = {
             "step": self.step,
             "images": self.step * self.config.training.batch,
@@ -167,23 +205,35 @@ class Trainer:
             "window": self.window,
             "versions": versions(),
         }
-        checkpoints.save_checkpoint(self.run, tensors, meta, self.config.training.keep)
+        group = self.group if self.sharded else None
+        checkpoints.save_checkpoint(self.run, tensors, meta, self.config.training.keep, group)
 
     def restore(self, checkpoint: checkpoints.Checkpoint, optimizer: bool = True, progress: bool = True) -> None:
         """Load a checkpoint: always weights and average; the optimizer's moments and the progress on request."""
         for model, kind in ((self.model, "raw"), (self.ema, "ema")):
             tensors = checkpoints.load_tensors(checkpoint, checkpoints.WEIGHTS[kind])
-            checkpoints.load_weights(model, tensors, checkpoint.path)
+            self.load(model, tensors, checkpoint.path)
         if optimizer:
             moments = checkpoints.load_tensors(checkpoint, checkpoints.OPTIMIZER)
             for name, parameter in self.model.named_parameters():
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 if f"step.{name}" in moments:
-                    self.optimizer.state[parameter] = {k: moments[f"{k}.{name}"].to(parameter.device) for k in keys}
+                    values = {key: moments[f"{key}.{name}"] for key in keys}
+                    self.optimizer.state[parameter] = {
+                        key: value.to(parameter.device) if key == "step" else place_like(value, parameter)
+                        for key, value in values.items()
+                    }
         if progress:
             self.step, self.seconds = checkpoint.step, float(checkpoint.meta["seconds"])
             self.best = checkpoint.meta["best"]
             self.window |= checkpoint.meta.get("window", {})
+
+    @staticmethod
+    def load(model: DiffusionModel, tensors: dict[str, Tensor], where: Path) -> None:
+        """Whole tensors into a model, of which this process may hold a part."""
+        own = model.state_dict()
+        tensors = {name: place_like(value, own[name]) if name in own else value for name, value in tensors.items()}
+        checkpoints.load_weights(model, tensors, where)
 
     def begin_from(self, source: Path | str, optimizer: bool) -> None:
         """The weights of a run, a checkpoint folder or a shared model; on request the moments of the first two."""
@@ -197,7 +247,7 @@ class Trainer:
             )
         tensors = shared.tensors()
         for model in (self.model, self.ema):
-            checkpoints.load_weights(model, tensors, Path(shared.name))
+            self.load(model, tensors, Path(shared.name))
 
     def description(self) -> dict[str, Any]:
         """What run.json says of the data and the model."""
@@ -216,7 +266,10 @@ class Trainer:
         }
 
     def memory(self) -> dict[str, int]:
-        """Bytes of weights and activations in this process."""
+        """Bytes of weights and activations in this process; of weights alone where it holds a part."""
+        if self.sharded:
+            held = sum(rows(p).numel() * p.element_size() for p in self.model.parameters())
+            return {"weights": 4 * held}
         loss, part = Loss(self.model, self.config), self.config.training.batch // self.parts
 
         def forward(images: int) -> Tensor:
@@ -232,13 +285,17 @@ class Trainer:
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
+    def exchanging(self, now: bool) -> contextlib.AbstractContextManager[None]:
+        """Inside, gradients are averaged over processes, or summed up in each until they are."""
+        if self.sharded:
+            self.loss.set_requires_gradient_sync(now)
+            return contextlib.nullcontext()
+        return contextlib.nullcontext() if now else self.accelerator.no_sync(self.loss)
+
     def take_step(self) -> float:
         """One optimizer step; adds its figures to the window and returns its bits/dim (valid latent charge)."""
         begun, config, training = time.perf_counter(), self.config, self.config.training
         first = self.group.rank
-        # Dropout: a hash of (seed, step, process).
-        words = np.random.SeedSequence([training.seed, self.step, first]).generate_state(1, np.uint64)
-        torch.manual_seed(int(words[0]))
         self.model.train()
         factor = learning_rate_factor(self.step, config.optimizer, training.steps)
         for group in self.optimizer.param_groups:
@@ -251,7 +308,7 @@ class Trainer:
             start = (part * self.processes + first) * size
             mine = slice(start, start + size)
             last = part == training.accumulate - 1  # where processes exchange their gradients
-            with self.attention(), contextlib.nullcontext() if last else self.accelerator.no_sync(self.loss):
+            with self.attention(), self.exchanging(last):
                 terms = self.loss(self.batches.batch_at(self.step, mine), mine, self.step)
                 loss = terms.loss + (config.objective.latent_weight - 1) * terms.latent
                 mean = loss.sum() * self.processes / training.batch  # gradients are averaged over processes
@@ -259,7 +316,7 @@ class Trainer:
             sums += torch.stack([getattr(terms, name).detach().sum() for name in names])
         sums = self.accelerator.reduce(sums, "sum") / training.batch
         parameters: list[Tensor] = list(self.model.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         bits = (float(pixels.bits_per_dim(value, self.model.dimensions)) for value in sums.tolist())
         figures = dict(zip(names, bits, strict=True))
         if "error" in figures:  # a mean over entries already
@@ -319,7 +376,7 @@ class Trainer:
         labels = None if self.data.labels is None else self.data.labels["validation"][: len(images)]
         with full_float32():
             result = likelihood.vlb(
-                self.ema, images, labels=labels, times_per_shift=training.evaluate_times, shifts=2,
+                self.averaged(), images, labels=labels, times_per_shift=training.evaluate_times, shifts=2,
                 steps=self.config.objective.steps, batch=training.batch // self.parts, group=self.group,
             )  # fmt: skip
         # Figures of other images or other draws are not compared: where these changed, the best starts anew.
@@ -344,7 +401,7 @@ class Trainer:
         training = self.config.training
         assert self.extractor is not None
         found = fid.during_training(
-            self.ema, self.data, self.run, self.extractor, count=training.fid_samples, say=say,
+            self.averaged(), self.data, self.run, self.extractor, count=training.fid_samples, say=say,
             group=self.group, method="ddim", steps=training.fid_steps, batch=training.batch,
         )  # fmt: skip
         images, seconds = self.step * training.batch, round(self.seconds, 3)
@@ -352,7 +409,10 @@ class Trainer:
 
     def sample(self) -> None:
         """A grid of samples of the averaged weights."""
-        drawn = samplers.sample(self.ema, 64, steps=self.config.objective.steps or 100)
+        model = self.averaged()
+        if not self.group.main:
+            return
+        drawn = samplers.sample(model, 64, steps=self.config.objective.steps or 100)
         pictures.save_samples(self.run / "samples" / checkpoints.checkpoint_name(self.step), drawn, self.data.levels)
 
 
@@ -458,9 +518,13 @@ def _announce(trainer: Trainer, record: dict[str, Any], say: Callable[[str], Non
     parts = ", ".join(f"{name} {count:,}" for name, count in record["parameters_by_part"].items())
     say(f"{record['parameters']:,} parameters ({parts})")
     threads, processes = torch.get_num_threads(), trainer.processes
+    held = f"{memory['weights'] / 2**20:,.0f} weights, moments and average"
+    if trainer.sharded:
+        held += " in each process, beside activations and gradients"
+    else:
+        held += f", {memory['activations'] / 2**20:,.0f} activations and gradients"
     say(
-        f"about {sum(memory.values()) / 2**20:,.0f} MiB for training: {memory['weights'] / 2**20:,.0f} weights, "
-        f"moments and average, {memory['activations'] / 2**20:,.0f} activations and gradients; "
+        f"about {sum(memory.values()) / 2**20:,.0f} MiB for training: {held}; "
         f"{trainer.accelerator.device}, {threads} thread{'s' * (threads > 1)}"
         + (f", {processes} processes" if processes > 1 else "")
     )
@@ -510,14 +574,15 @@ def _loop(
             improved = trainer.best is not None and trainer.best["step"] == trainer.step
             value = likelihood.Estimate(**figures["bits_per_dim"])
             tell(figures, f"step {trainer.step}: {value} bits/dim on validation{', the best so far' * improved}")
-        if due(training.sample_every) and log is not None:
+        if due(training.sample_every):
             trainer.sample()
         if due(training.fid_every):
             figures = trainer.fid(say)
             name = "FID" if training.fid_extractor == "inception" else f"distance ({training.fid_extractor})"
             tell(figures, f"step {trainer.step}: {name} {figures['fid']:.3f}, {figures['samples']} samples")
-        if (stop or last or improved or due(training.save_every)) and log is not None:
-            log.sync()
+        if stop or last or improved or due(training.save_every):
+            if log is not None:
+                log.sync()
             trainer.save()
         if stop and not last:
             raise Stopped(caught[0] if caught else signal.SIGTERM, trainer.step)
