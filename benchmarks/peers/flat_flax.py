@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import reference
 import serve
+
+import reference
 
 try:
     import flax.linen as nn
@@ -67,7 +68,7 @@ if missing is None:
 
         @nn.compact
         def __call__(self, x: Any) -> Any:
-            batch, height, width, channels = x.shape
+            batch, channels = len(x), x.shape[-1]
             dense = partial(nn.Dense, channels, dtype=self.dtype)
             h = nn.GroupNorm(self.groups, dtype=self.dtype, name="GroupNorm_0")(x).reshape(batch, -1, channels)
             q, k, v = (dense(name=name)(h) for name in "qkv")

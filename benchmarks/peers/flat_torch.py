@@ -7,17 +7,19 @@ network, loss, sampling step and optimizer are checked against the public code's
     (2)  recon = -sum log softmax_v[ -(z_0/alpha_0 - x_v)^2 exp(-gamma_0)/2 ],   z_0/alpha_0 = x + exp(gamma_0/2) eps_0
     (3)  klz   = 1/2 sum (sigma_1^2 + alpha_1^2 x^2 - log sigma_1^2 - 1)
     (4)  diff  = 1/2 |w| sum (eps - eps_hat)^2   at z_t = alpha_t x + sigma_t eps,   t = (t_0 + i/B) mod 1
-    (5)  z_s   = sqrt(alpha_s^2/alpha_t^2) (z_t - sigma_t c eps_hat) + sqrt(sigma_s^2 c) eps,   c = -expm1(gamma_s - gamma_t)
+    (5)  z_s   = alpha_s/alpha_t (z_t - sigma_t c eps_hat) + sigma_s sqrt(c) eps,   c = -expm1(gamma_s - gamma_t)
 """
 
 import copy
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import reference
 import serve
+
+import reference
 
 try:
     import torch
@@ -218,7 +220,7 @@ def build(case: dict[str, Any]) -> tuple[serve.Runs, dict[str, Any]]:
     def sample() -> Any:
         model.eval()
         z = torch.randn(shape)
-        for t, s in zip(times, times[1:], strict=False):
+        for t, s in pairwise(times):
             z = reverse(z, s, t)
         return model.decode(z)
 
@@ -299,7 +301,9 @@ class Checked:
         (of_z,) = torch.autograd.grad(found, image, last(v))
         return last(found), last(of_z)
 
-    def loss(self, parameters: Any, settings: Any, images: Any, conditioning: Any, eps_0: Any, t0: Any, eps: Any) -> Any:
+    def loss(
+        self, parameters: Any, settings: Any, images: Any, conditioning: Any, eps_0: Any, t0: Any, eps: Any
+    ) -> Any:
         model, taken = self.vdm(parameters, settings)
         terms = model.loss(
             last(images), torch.from_numpy(conditioning)[:, None], last(eps_0), torch.from_numpy(t0), last(eps)

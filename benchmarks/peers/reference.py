@@ -88,7 +88,10 @@ def losses(side: Side, name: str, case: Any, settings: dict[str, Any]) -> list[R
     rows: list[Row] = [
         (f"{name} eps_hat", absolute(terms["eps_hat"], recorded["eps_hat"]), 5e-4),
         (f"{name} eps_hat, relative", relative(terms["eps_hat"], recorded["eps_hat"]), 1e-4),
-        *((f"{name} {term}", relative(terms[term], recorded[term]), 1e-5) for term in ("loss_recon", "loss_diff", "bpd")),
+        *(
+            (f"{name} {term}", relative(terms[term], recorded[term]), 1e-5)
+            for term in ("loss_recon", "loss_diff", "bpd")
+        ),
     ]
     # A pixel's part of the prior term is a small difference of numbers near 1, of which float32 loses up to 2^-24.
     of_prior = case["in/images"][0].size * 2**-24 / float(recorded["loss_klz"].mean())

@@ -63,9 +63,17 @@ def without_torchvision() -> str:
 
 def flops(step: Callable[[], object]) -> int:
     """Operations of matrix products, convolutions and attention in a step of torch's, by its own counter."""
-    from torch.utils.flop_counter import FlopCounterMode
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+    attention: Any = {  # on a CPU, which the counter does not know; functions of shapes
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda of_out, q, k, v, *_, **__: sdpa_backward_flop_count(of_out, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         step()
     return counter.get_total_flops()
 

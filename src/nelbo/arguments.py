@@ -17,18 +17,19 @@ from nelbo.errors import UserError
 __all__ = ["parse"]
 
 
-def parse(cls: type, arguments: list[str], verb: str, default: Any = None) -> Any:
+def parse(cls: type, arguments: list[str], verb: str, default: Any = None, program: str = "nelbo") -> Any:
     """The arguments of a verb as an instance of ``cls``; UserError in one line where they are wrong."""
+    command = f"{program} {verb}"
     if {"-h", "--help"} & set(arguments):
-        tyro.cli(cls, args=["--help"], prog=f"nelbo {verb}", default=default)
+        tyro.cli(cls, args=["--help"], prog=command, default=default)
     caught, width = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"  # so that tyro does not break lines
     try:
         with contextlib.redirect_stderr(caught), contextlib.redirect_stdout(caught):
-            return tyro.cli(cls, args=arguments, prog=f"nelbo {verb}", default=default)
+            return tyro.cli(cls, args=arguments, prog=command, default=default)
     except SystemExit:
         message = _one_line(caught.getvalue(), arguments, _options(cls))
-        raise UserError(f"{message}; see `nelbo {verb} --help`") from None
+        raise UserError(f"{message}; see `{command} --help`") from None
     finally:
         os.environ.pop("COLUMNS")
         if width is not None:
