@@ -1,8 +1,11 @@
 """nelbo submit: the script, by stand-ins for Slurm's programs that record what they are asked and run what they get."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -152,6 +155,15 @@ def test_times_are_slurm_s(time, seconds):
 def test_other_times_are_refused(time):
     with pytest.raises(UserError, match="--time must be"):
         submit.script(Submit(time=time), ["evaluate", "RUN"])
+
+
+def test_the_page_on_scale_submits(slurm, capsys):
+    page = (Path(__file__).resolve().parent.parent / "docs" / "scale.md").read_text()
+    lines = re.findall(r"^ {4}nelbo (submit .*)$", page, re.M) + re.findall(r"`nelbo (submit .* -- .*?)`", page)
+    assert len(lines) >= 5
+    for line in lines:
+        assert cli.main(shlex.split(line)) == 0, line
+    assert "#SBATCH --nodes=4\n" in (slurm / "script").read_text()  # the last, in the table
 
 
 def test_the_status_of_a_lost_process_is_the_group_s():
