@@ -308,16 +308,18 @@ def measure(case: Case, composition: str, names: list[str], pythons: dict[str, s
     values: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         sides: dict[str, Side] = {}
+        present = list(names)
         for turn in range(case.fresh):
-            for name in (OURS, *names):
-                if turn and name not in values:
-                    continue
+            for name in (*present, OURS):
+                if not present:  # nothing for nelbo to stand beside
+                    break
                 with ExitStack() as own:
                     side = own.enter_context(started(name, composition, pythons[name], case.threads))
                     try:
                         about = side.begin(case, precision)
                     except Missing as error:
-                        print(f"{name}: left out, not installed in {pythons[name]} ({error})")
+                        print(f"{name}: left out, not installed in {pythons[name]} ({error})", flush=True)
+                        present.remove(name)
                         continue
                     entry = values.setdefault(name, {"start-up": [], "memory": [], "cores": []})
                     entry["start-up"].append(about["start-up"])
@@ -326,10 +328,8 @@ def measure(case: Case, composition: str, names: list[str], pythons: dict[str, s
                     if turn == case.fresh - 1:
                         sides[name] = side
                         stack.enter_context(own.pop_all())
-            if set(values) == {OURS}:
-                break
         peak = 0.0
-        if len(sides) > 1:
+        if sides:
             products = shared.gemms(shared.DTYPES[precision], "cpu")
             for run, warm in TIMED.items():
                 for turn in range(warm + case.repeats):

@@ -3,7 +3,7 @@ r"""VDM's flat U-Net and its training step in flax and optax, jitted: the formul
 Written from the formulas (flat_torch.py, equations 1 to 5) with flax.linen, its modules named as the public ones', so
 that recorded weights fit. One jitted function takes the step: loss, gradient, AdamW, average; the state is donated to
 it. Sampling is one jitted loop. Network, loss, sampling step and optimizer are checked against the public code's own
-numbers (reference.py). bf16 computes in bfloat16 (``dtype``) and keeps parameters, statistics and losses in float32.
+numbers (cases.py). bf16 computes in bfloat16 (``dtype``) and keeps parameters, statistics and losses in float32.
 """
 
 import math
@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cases
 import serve
-
-import reference
 
 try:
     import flax.linen as nn
@@ -276,7 +275,7 @@ def flattened(tree: Any) -> dict[str, Any]:
 
 
 class Checked:
-    """reference.Side."""
+    """cases.Side."""
 
     def score(self, settings: dict[str, Any]) -> Any:
         """The network of a case."""
@@ -318,7 +317,7 @@ class Checked:
 
 def check(folder: Path) -> list[tuple[str, float, float]]:
     """Against the reference cases."""
-    return reference.check(Checked(), folder)
+    return cases.check(Checked(), folder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 r"""VDM's flat U-Net and its training step, in plain PyTorch: the formulas written down, as one would at first.
 
 Eager, contiguous (B, C, H, W), ``torch.nn``'s own layers, AdamW with two groups, an average that is a deep copy. Its
-network, loss, sampling step and optimizer are checked against the public code's numbers (reference.py).
+network, loss, sampling step and optimizer are checked against the public code's numbers (cases.py).
 
     (1)  x = 2 (v + 1/2)/256 - 1,   gamma(t) = b + |w| t,   sigma^2 = sigmoid(gamma),   alpha^2 = sigmoid(-gamma)
     (2)  recon = -sum log softmax_v[ -(z_0/alpha_0 - x_v)^2 exp(-gamma_0)/2 ],   z_0/alpha_0 = x + exp(gamma_0/2) eps_0
@@ -17,9 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import cases
 import serve
-
-import reference
 
 try:
     import torch
@@ -275,7 +274,7 @@ def last(image: Any) -> Any:
 
 
 class Checked:
-    """reference.Side."""
+    """cases.Side."""
 
     def score(self, parameters: dict[str, Any], settings: dict[str, Any], prefix: str) -> tuple[Any, dict[str, Any]]:
         """The network with recorded parameters, and those by their names."""
@@ -342,7 +341,7 @@ class Checked:
 
 def check(folder: Path) -> list[tuple[str, float, float]]:
     """Against the reference cases."""
-    return reference.check(Checked(), folder)
+    return cases.check(Checked(), folder)
 
 
 if __name__ == "__main__":
