@@ -27,6 +27,7 @@ from nelbo.group import ALONE, Group, join
 from nelbo.latent_use import latent_use
 from nelbo.latents import Label
 from nelbo.likelihood import BitsPerDim, Estimate
+from nelbo.memory import most_rows
 from nelbo.model import DiffusionModel, Reverse
 from nelbo.resolve import Source, resolve
 
@@ -68,7 +69,6 @@ class Settings:
 
 VLB = ("times", "shifts", "steps", "variance")
 ODE = ("dequantization", "samples", "replicates", "trace", "probes", "rtol", "atol", "solver", "least_steps", "state")
-BATCH = {"vlb": 256, "ode": 64}
 RESOLVED = 8  # images that are solved again, to say what the tolerance costs
 
 
@@ -322,6 +322,23 @@ def _tolerance(model: DiffusionModel, images: np.ndarray, labels: np.ndarray | N
     return likelihood.compare(loose_result, tight_result)
 
 
+def _batch(model: DiffusionModel, settings: Settings, steps: int, group: Group) -> int:
+    """Rows at once that fit into the memory of every process."""
+    image = np.zeros((1, *model.shape), dtype=np.uint8)
+
+    def work(rows: int) -> None:
+        images, labels = np.repeat(image, rows, 0), np.zeros(rows, dtype=np.int64)
+        if settings.method == "vlb":
+            likelihood.vlb(model, images, labels=labels, times_per_shift=1, shifts=1, steps=steps, batch=rows)
+            return
+        loose = replace(settings, samples=1, replicates=1, rtol=0.9, atol=0.9, solver="bosh3", least_steps=1)
+        with contextlib.suppress(UserError):  # the memory of a solve that fails is the same
+            _by_ode(model, images, labels, loose, rows)
+
+    most = 64 if settings.method == "ode" and model.device.type == "cpu" else None
+    return min(group.ask(most_rows(work, model.device, most)))
+
+
 def evaluate(
     run: Path | str,
     settings: Settings,
@@ -365,8 +382,8 @@ def evaluate(
                 progress(which, done, len(images), bits)
 
         seen(0, math.nan)
-        batch = settings.batch or BATCH[settings.method]
         with full_float32():
+            batch = settings.batch or _batch(model, settings, steps, group)
             if settings.method == "ode":
                 return _by_ode(model, images, labels, settings, batch, unfinished, group, seen)
             return likelihood.vlb(

@@ -50,6 +50,7 @@ __all__ = [
 
 FORMAT = 1
 BLOCK = 4096  # features whose sums are taken at once, whatever the batch
+FEATURES = 64  # images whose features are taken at once, unless a batch is given
 FEW = 10_000  # images below which the bias is warned of
 PUBLISHED = 50_000
 ORDER_SEED = 20252  # of the order in which images are taken
@@ -72,7 +73,7 @@ class Settings:
     weights: Path | None = None
     feature_seed: int = 0
     splits: int = 10
-    batch: int = 64
+    batch: int | None = None
     # of a run, as in sampling.Settings
     checkpoint: str = "best"
     run_weights: str = "ema"
@@ -85,9 +86,10 @@ class Settings:
     rtol: float = 3e-4
     atol: float = 3e-4
     seed: int = 0
+    precision: str = "float32"
 
 
-DRAWING = ("method", "steps", "spacing", "eta", "variance", "clip", "rtol", "atol", "seed", "batch")
+DRAWING = ("method", "steps", "spacing", "eta", "variance", "clip", "rtol", "atol", "seed", "precision", "batch")
 DRAWN = ("checkpoint", "run_weights", *(name for name in DRAWING if name != "batch"))
 
 
@@ -479,7 +481,7 @@ def evaluate(
         samples.levels,
         extractor,
         parts=settings.splits,
-        batch=settings.batch,
+        batch=settings.batch or FEATURES,
         progress=seen("features", count),
         group=group,
     )
@@ -556,7 +558,7 @@ def _statistics(
         cache = home / "evaluations" / f".fid-{name}-{_label(extractor)}.npz"
     progress = seen("reference", len(reference.values))
     return reference_statistics(
-        reference, extractor, cache, own=own, batch=settings.batch, say=say, progress=progress, group=group
+        reference, extractor, cache, own=own, batch=settings.batch or FEATURES, say=say, progress=progress, group=group
     )
 
 
@@ -610,7 +612,7 @@ def during_training(
     moments, _ = _statistics(reference, extractor, settings, run, seen, say, group)
     how = sampling.resolved(_how(settings), model, str(run))
     images = sampling.draw_all(model, how, group=group)[permutation(count, ORDER_SEED)]
-    sums, scores = measure(images, model.levels, extractor, parts=splits, batch=settings.batch, group=group)
+    sums, scores = measure(images, model.levels, extractor, parts=splits, batch=settings.batch or FEATURES, group=group)
     score = None if scores is None else metrics.score_parts(scores)
     return {
         "fid": metrics.frechet(metrics.merge(sums), moments),

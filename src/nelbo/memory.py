@@ -1,14 +1,27 @@
-"""How much memory a training will hold, before it starts."""
+"""How much memory work will hold, before it starts; and how many images fit into what is free."""
 
+import contextlib
+import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["memory_estimate"]
+__all__ = ["free_memory", "memory_estimate", "most_rows"]
+
+SHARE = 0.5  # of the free memory: what a library needs inside an operation is not counted
+# What a container may take and has taken, in both versions of Linux's control groups.
+CGROUP = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+# Rows at once above which nothing gets faster: on a CPU nothing does even before (docs/performance.md).
+ENOUGH = {"cpu": 256, "cuda": 8192}
 
 
 class Live(TorchDispatchMode):
@@ -56,3 +69,37 @@ def memory_estimate(model: nn.Module, loss: Callable[[int], Tensor], images: int
     one, two = peak(1), peak(2)
     weights = sum(p.numel() * p.element_size() for p in parameters)
     return {"weights": 4 * weights, "activations": one + (images - 1) * (two - one)}
+
+
+def free_memory(device: Any) -> int:
+    """Bytes that this process may take on a device: of a CPU's, its part of what is free, where several share it."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    import psutil
+
+    free = [psutil.virtual_memory().available]
+    for limit, used in CGROUP:
+        with contextlib.suppress(OSError, ValueError):  # no such limit
+            most, now = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used))
+            free.append(max(most - now, 0))
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def most_rows(work: Callable[[int], Any], device: Any, most: int | None = None) -> int:
+    """How many rows at once ``work`` can be given: the largest power of 2 up to ``most`` whose tensors fit into
+    ``SHARE`` of the free memory, but 1 at least.
+
+    ``work(n)`` does a little of the work on n rows. Nothing is guessed: it is done with one row and with two, and the
+    tensors alive at the peak are counted.
+    """
+    most = ENOUGH.get(torch.device(device).type, ENOUGH["cuda"]) if most is None else most
+    peaks = []
+    for rows in (1, 2):
+        with Live() as live:
+            work(rows)
+        peaks.append(live.most)
+    each = max(peaks[1] - peaks[0], 1)
+    fit = int((SHARE * free_memory(device) - (peaks[0] - each)) // each)
+    return 1 << max(min(fit, most), 1).bit_length() - 1

@@ -24,6 +24,7 @@ from nelbo.errors import UserError
 from nelbo.group import ALONE, Group, joined
 from nelbo.latents import Label
 from nelbo.likelihood import SolverError
+from nelbo.memory import most_rows
 from nelbo.model import DiffusionModel
 from nelbo.resolve import Source
 from nelbo.shards import Shards, read_shards
@@ -59,7 +60,8 @@ class Settings:
     atol: float = 3e-4
     decoding: str = "argmax"
     seed: int = 0
-    batch: int = 256
+    batch: int | None = None
+    precision: str = "float32"
     trajectory: int = 8
     shard: int | None = None
 
@@ -89,6 +91,7 @@ WITHOUT_SHARDS = ("trajectory",)
 NOT_BETWEEN = ("count", "shard", "decoding", "trajectory", "eta", "batch")
 WHAT = ("batch", "trajectory", "shard", "count")  # no part of what sample k is
 STEPS = 256
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 
 
 # Settings ------------------------------------------------------------------------------------------------------------
@@ -144,8 +147,9 @@ def _check_between(settings: Settings, between: Between) -> None:
 
 
 def resolved(settings: Settings, model: DiffusionModel, name: str) -> Settings:
-    """The settings with ``steps`` said: by default all between the levels of a table, otherwise ``STEPS``. UserError
-    where the model, called ``name``, cannot do what they ask for."""
+    """The settings with ``steps`` said, by default all between the levels of a table, otherwise ``STEPS``, and
+    ``batch``, by default what fits into the memory of every process. UserError where the model, called ``name``, cannot
+    do what they ask for."""
     timesteps, method = model.schedule.timesteps, settings.method
     if model.schedule_reads_image and (method != "ancestral" or settings.variance):
         what = {"ode": "probability flow", "ddim": "DDIM"}.get(method, "other variance")
@@ -157,13 +161,26 @@ def resolved(settings: Settings, model: DiffusionModel, name: str) -> Settings:
     if settings.decoding == "categorical" and model.reverse.decoder == "gaussian":
         raise UserError(f"--decoding categorical: the decoder of {name} is gaussian, and its samples are its mean")
     if method == "ode":
-        return settings
+        return replace(settings, batch=settings.batch or _batch(model, settings))
     if timesteps and settings.steps is not None and settings.steps >= timesteps:
         raise UserError(
             f"--steps must be at most {timesteps - 1}, the steps between the {timesteps} noise levels of {name}, got "
             f"{settings.steps}"
         )
-    return replace(settings, steps=settings.steps or (timesteps - 1 if timesteps else STEPS))
+    settings = replace(settings, steps=settings.steps or (timesteps - 1 if timesteps else STEPS))
+    return replace(settings, batch=settings.batch or _batch(model, settings))
+
+
+def _batch(model: DiffusionModel, settings: Settings) -> int:
+    """Images at once that fit into the memory of every process."""
+    few: dict[str, Any] = {"rtol": 0.9, "atol": 0.9} if settings.method == "ode" else {"steps": 1}
+    quick = replace(settings, **few)
+
+    def work(images: int) -> None:
+        with contextlib.suppress(UserError):  # the memory of a solve that fails is the same
+            draw(model, quick, range(images))
+
+    return min(joined().ask(most_rows(work, model.device)))
 
 
 def name_of(settings: Settings, source: Source, weights: str, between: Between | None = None) -> str:
@@ -180,8 +197,11 @@ def name_of(settings: Settings, source: Source, weights: str, between: Between |
         if getattr(settings, field) != getattr(Settings, field):
             name += f"-{getattr(settings, field)}"
     name += f"-eta{settings.eta:g}" if settings.eta else ""
-    for word, chosen in (("clip", settings.clip), (settings.decoding, settings.decoding != Settings.decoding),
-                         (weights, weights != "ema")):  # fmt: skip
+    words = {
+        "clip": settings.clip, settings.precision: settings.precision != Settings.precision,
+        settings.decoding: settings.decoding != Settings.decoding, weights: weights != "ema",
+    }  # fmt: skip
+    for word, chosen in words.items():
         name += f"-{word}" if chosen else ""
     return name
 
@@ -193,6 +213,16 @@ def draw(
     model: DiffusionModel, settings: Settings, numbers: range, seen: Callable[[int, Tensor, Tensor], None] | None = None
 ) -> np.ndarray:
     """The samples of these numbers, (n, C, H, W) uint8."""
+    before, model.autocast = model.autocast, PRECISIONS[settings.precision]
+    try:
+        return _drawn(model, settings, numbers, seen)
+    finally:
+        model.autocast = before
+
+
+def _drawn(
+    model: DiffusionModel, settings: Settings, numbers: range, seen: Callable[[int, Tensor, Tensor], None] | None
+) -> np.ndarray:
     options: dict[str, Any] = {
         "categorical": settings.decoding == "categorical", "seed": settings.seed, "first": numbers.start
     }  # fmt: skip
@@ -220,6 +250,7 @@ def draw_all(
 
     ``progress(images done)``; ``seen``, of the first batch only, where this process draws it.
     """
+    assert settings.batch is not None  # of ``resolved``
     images = np.zeros((settings.count, *model.shape), dtype=np.uint8)
     batches = _batches(range(settings.count), settings.batch)
     if progress is not None:
@@ -242,6 +273,7 @@ def sample_to_files(
     """
     group = joined()
     settings = resolved(settings, model, "the model")
+    assert settings.batch is not None
     shown = min(settings.trajectory, settings.count, settings.batch)
     grid = torch.zeros(1) if settings.method == "ode" else samplers.Chain(**settings.chain).times(model, torch.zeros(1))
     steps = len(grid) - 1  # none by ODE
@@ -275,7 +307,7 @@ def sample_to_shards(
     """
     group = joined()
     settings = resolved(settings, model, "the model")
-    assert settings.shard is not None
+    assert settings.shard is not None and settings.batch is not None
     said = {k: v for k, v in asdict(settings).items() if k not in WHAT}
     if group.main:
         checkpoints.make_folder(folder)

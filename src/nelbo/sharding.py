@@ -30,7 +30,7 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
     """The elements of module lists, which run as a whole."""
     for module in network.modules():
         if isinstance(module, nn.ModuleList):
-            yield from (block for block in module if not isinstance(block, nn.ModuleList) and any(block.parameters()))
+            yield from (block for block in module if not isinstance(block, nn.ModuleList) and list(block.parameters()))
 
 
 def is_part(tensor: Any) -> bool:

@@ -34,7 +34,8 @@ class Evaluate:
     seed: int = 0
     """Seed of times, noise, latents and probes, which are keyed by image."""
     batch: int | None = None
-    """Network rows at once; the figure does not depend on it. By default 256 (vlb) or 64 (ode)."""
+    """Network rows at once; the figure does not depend on it. By default as many as half of the free memory holds, on a
+    CPU 256 (vlb) or 64 (ode) at most."""
     times: int = 16
     """vlb: stratified times per image and shift; 1 is the sparse, 128 the dense bound of the papers."""
     shifts: int = 2

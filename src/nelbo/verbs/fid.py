@@ -64,8 +64,10 @@ class Fid:
     """The moving average of the run's weights, or the raw ones."""
     seed: int = 0
     """Seed of the samples; sample k does not depend on the count."""
-    batch: int = 64
-    """Images at once."""
+    batch: int | None = None
+    """Images at once. By default those drawn as in `nelbo sample`, and 64 whose features are taken."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of the network. bf16 changes a grey level here and there and is quicker where the processor has it."""
     out: Path | None = None
     """The file to write. By default RUN/evaluations/fid-*.json, and none for images that belong to no run."""
     device: str | None = None

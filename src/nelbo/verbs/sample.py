@@ -57,8 +57,10 @@ class Sample:
     """The moving average of the weights, or the raw ones."""
     seed: int = 0
     """Seed; sample k does not depend on the count."""
-    batch: int = 256
-    """Images at once."""
+    batch: int | None = None
+    """Images at once. By default as many as half of the free memory holds, on a CPU 256 at most."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of the network. bf16 changes a grey level here and there and is quicker where the processor has it."""
     trajectory: int = 8
     """ancestral, ddim: images shown on their way from noise; 0 for no strip."""
     out: Path | None = None
