@@ -82,7 +82,8 @@ def _train(arguments: list[str]) -> tuple[train.Train, str]:
 def run(arguments: list[str]) -> None:
     """Carry out a command line; UserError for a user's mistake."""
     verb, *rest = arguments or ["--help"]
-    if verb not in SHARED and os.environ.get("RANK", "0") != "0":
+    alone = verb not in SHARED or not {"-h", "--help", "--dry-run"}.isdisjoint(rest)
+    if alone and os.environ.get("RANK", "0") != "0":
         return
     if verb in ("-h", "--help"):
         print(_help())
