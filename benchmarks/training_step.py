@@ -270,6 +270,19 @@ def gemms(dtype: torch.dtype, device: Any) -> dict[str, tuple[int, Callable[[], 
     return runs
 
 
+def gemm_peak(precision: Precision, repeats: int = 3) -> dict[str, Any]:
+    """The best of the matrix products by itself, for benchmarks that measure something else: which, and GFLOP/s."""
+    products = gemms(DTYPES[precision], "cuda" if torch.cuda.is_available() else "cpu")
+    rates: dict[str, list[float]] = {name: [] for name in products}
+    for turn in range(1 + repeats):
+        for name, (n, run) in products.items():
+            seconds = timed(run, 2)
+            if turn:
+                rates[name].append(n / seconds / 1e9)
+    best = max(rates, key=lambda name: statistics.median(rates[name]))
+    return {"product": best, "gflops": spread(rates[best])}
+
+
 def measure(case: Case, precision: Precision) -> dict[str, Any]:
     """The step, its convolutions alone and the matrix products, interleaved."""
     trainer = make_trainer(case, precision)
@@ -490,6 +503,15 @@ def show_sweep(rows: list[dict[str, Any]]) -> str:
     header = ["varied", "value", "M parameters", "GFLOP/step", "ms/step", "x base", "peak MiB", "x base",
               "ms/step, checkpointing", "peak MiB, checkpointing"]  # fmt: skip
     return table(header, cells)
+
+
+def write_between(page: Path, name: str, text: str) -> None:
+    """Replace what stands in a page between ``<!-- name -->`` and ``<!-- end name -->``."""
+    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    whole = page.read_text()
+    if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
+        raise SystemExit(f"{page} must have {begin} once and {end} once after it")
+    page.write_text(f"{whole.partition(begin)[0]}{begin}\n{text.strip()}\n{end}{whole.partition(end)[2]}")
 
 
 def main(case: Case) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from nelbo import checkpoints, cli, likelihood
 from nelbo.config import from_dict
 from nelbo.data import load
 from nelbo.presets import PRESETS, preset
-from nelbo.process import choose_waiting
+from nelbo.process import choose_waiting, others
 from nelbo.verbs import train as train_verb
 from tiny import change, entries, flags, tiny
 
@@ -710,22 +710,47 @@ def test_in_a_terminal_training_shows_a_bar_and_ctrl_c_saves(tmp_path: Path) -> 
     assert checkpoints.read_checkpoint(tmp_path / "run").step >= 30
 
 
+IDLE, BUSY = {"GOMP_SPINCOUNT": "10000"}, {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
 @pytest.mark.parametrize(
-    ("load", "set_by_user", "expected"),
+    ("average", "running", "set_by_user", "expected"),
     [
-        (0.0, {}, {"GOMP_SPINCOUNT": "10000"}),
-        (100.0, {}, {"OMP_WAIT_POLICY": "PASSIVE"}),
-        (100.0, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
-        (0.0, {"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+        (0.0, 1, {}, IDLE),
+        (100.0, 1, {}, IDLE),  # what ran before is over
+        (0.0, 2, {}, BUSY),  # on two cores; it has just started
+        (100.0, 9, {}, BUSY),
+        (100.0, 9, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        (0.0, 1, {"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+        (0.0, None, {}, IDLE),  # off Linux there is the average only
+        (100.0, None, {}, BUSY),
     ],
 )
 def test_threads_spin_briefly_where_the_machine_is_idle_and_sleep_where_it_is_busy(
-    monkeypatch: pytest.MonkeyPatch, load: float, set_by_user: dict[str, str], expected: dict[str, str]
-) -> None:
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, average: float, running: int | None,
+    set_by_user: dict[str, str], expected: dict[str, str],
+) -> None:  # fmt: skip
+    loads = tmp_path / "loadavg"
+    if running is not None:
+        loads.write_text(f"{average} {average} {average} {running}/188 20782\n")
+    monkeypatch.setattr("nelbo.process.LOADAVG", loads)
+    monkeypatch.setattr(os, "getloadavg", lambda: (average, average, average))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(os, "environ", dict(set_by_user))
     choose_waiting()
     assert os.environ == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only the mean load of a minute is known")
+def test_a_process_that_has_just_started_to_compute_is_counted() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    try:
+        assert busy.stdout is not None
+        busy.stdout.readline()
+        assert others() > 0.5
+    finally:
+        busy.kill()
+        busy.communicate()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives freed memory back at once")

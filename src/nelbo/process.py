@@ -2,7 +2,9 @@
 
 A thread of OpenMP that spins is ready at once and takes a core from whoever else wants it; one that sleeps costs a
 system call and a wake-up each time. On an idle machine sleeping can cost half the speed of a small model; beside other
-work, threads that spin without bound can make a step tens of times slower.
+work, threads that spin without bound can make a step tens of times slower. Who else computes is counted when the
+process starts. The mean load of the last minute would miss who has just started, and take the command before, which has
+ended, for somebody. How threads wait cannot be changed later; their number could, and with it the last bits of results.
 
 glibc gives large blocks back to the system as soon as they are freed, so that every step of training pays again for the
 first touch of each of their pages: up to a quarter of a step. Kept, they cost nothing that the largest step had not
@@ -11,20 +13,35 @@ taken before.
 
 import os
 import sys
+import time
+from pathlib import Path
 
-__all__ = ["choose_waiting", "keep_memory"]
+__all__ = ["choose_waiting", "keep_memory", "others"]
 
-BUSY = 0.7  # processes waiting for a core, per core
+BUSY = 0.25  # others that compute, per core
+LOADAVG = Path("/proc/loadavg")  # its fourth field: how many threads run or wait for a core now / how many there are
+LOOKS, PAUSE = 5, 0.004  # seconds
 SPINS = "10000"  # tens of microseconds
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
+def others() -> float:
+    """How many threads beside this one run or wait for a core: the mean of a few looks; of a minute off Linux."""
+    looks = []
+    for _ in range(LOOKS):
+        try:
+            looks.append(int(LOADAVG.read_text().split()[3].split("/")[0]) - 1)
+        except (OSError, IndexError, ValueError):
+            return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        time.sleep(PAUSE)
+    return sum(looks) / len(looks)
+
+
 def choose_waiting() -> None:
-    """Spin briefly where the machine is idle now, sleep at once where it is busy; what the user has set stays."""
+    """Spin briefly where nobody else computes now, sleep at once where somebody does; what the user has set stays."""
     if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         return
-    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1)
-    if busy:
+    if others() > BUSY * (os.cpu_count() or 1):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     else:
         os.environ["GOMP_SPINCOUNT"] = SPINS
