@@ -87,6 +87,9 @@ class Latent(nn.Module, ABC):
         """A draw of p(c), (B, size)."""
 
 
+IMPOSSIBLE = -1e30  # log weight of no subset at all; the gradient of logaddexp(-inf, -inf) is NaN
+
+
 def log_binomial(n: int, k: int) -> float:
     """log C(n, k) in nats."""
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
@@ -95,15 +98,11 @@ def log_binomial(n: int, k: int) -> float:
 def _tables(theta: Tensor, k: int) -> Tensor:
     """P_0 .. P_n of equation (2) for theta (B, n): (n + 1, B, k + 1)."""
     batch, n = theta.shape
-    none = theta.new_full((batch, 1), -torch.inf)
+    none = theta.new_full((batch, 1), IMPOSSIBLE)
     table = torch.cat([theta.new_zeros(batch, 1), none.expand(-1, k)], 1)
     tables = [table]
     for i in range(n):
-        taken = torch.cat([none, table[:, :-1] + theta[:, i : i + 1]], 1)
-        # Written out because logaddexp's gradient is NaN where both arguments are -inf.
-        high, low = torch.maximum(table, taken), torch.minimum(table, taken)
-        gap = torch.where(low == -torch.inf, -torch.inf, low - torch.where(high == -torch.inf, 0.0, high))
-        table = high + torch.log1p(torch.exp(gap))
+        table = torch.logaddexp(table, torch.cat([none, table[:, :-1] + theta[:, i : i + 1]], 1))
         tables.append(table)
     return torch.stack(tables)
 
