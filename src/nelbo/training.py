@@ -317,11 +317,11 @@ class Trainer:
         sums = self.accelerator.reduce(sums, "sum") / training.batch
         parameters: list[Tensor] = list(self.model.parameters())
         norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        bits = (float(pixels.bits_per_dim(value, self.model.dimensions)) for value in sums.tolist())
-        figures = dict(zip(names, bits, strict=True))
-        if "error" in figures:  # a mean over entries already
-            figures["error"] = float(sums[names.index("error")])
-        figures["gradient_norm"] = float(norm)
+        values = torch.cat((sums, norm.reshape(1).to(sums.dtype))).tolist()  # the only wait for the device in a step
+        figures = dict(zip((*names, "gradient_norm"), values, strict=True))
+        for name in names:
+            if name != "error":  # a mean over entries already
+                figures[name] = pixels.bits_per_dim(figures[name], self.model.dimensions)
         self.check_finite(figures)
         if config.optimizer.clip and figures["gradient_norm"] > config.optimizer.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
