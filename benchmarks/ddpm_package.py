@@ -23,7 +23,6 @@ import os
 import resource
 import sys
 import time
-import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import Pipe, get_context
@@ -31,7 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent / "peers")]
 from nelbo.process import choose_waiting, keep_memory
 
 choose_waiting()  # before torch is loaded; the processes started below inherit it
@@ -39,6 +38,7 @@ choose_waiting()  # before torch is loaded; the processes started below inherit 
 import torch
 import training_step as shared
 import tyro
+from serve import without_torchvision
 
 from nelbo import samplers
 from nelbo.data import Dataset
@@ -71,14 +71,7 @@ class Case:
 
 def load_package() -> Any:
     """denoising_diffusion_pytorch and EMA, or one line on what is missing."""
-    try:
-        import torchvision  # noqa: F401
-    except Exception:
-        names = ("torchvision", "torchvision.transforms", "torchvision.utils")
-        empty = {name: types.ModuleType(name) for name in names}
-        for name in names[1:]:
-            setattr(empty["torchvision"], name.rsplit(".", 1)[1], empty[name])
-        sys.modules.update(empty)
+    without_torchvision()
     try:
         import denoising_diffusion_pytorch as package
         from ema_pytorch import EMA
