@@ -394,8 +394,8 @@ def report(options: Options) -> str:
         parts += [
             "**Theirs.** What MuLAN's and i-DODE's pages name, and as many GPUs of today, planned as above. Neither "
             f"says how long it took. DDPM does, {DDPM_STEPS_A_SECOND} steps a second on a TPU v3-8; by the count above "
-            f"that is {theirs / 1e12:.0f} TFLOP/s, {100 * theirs / TPU_V3_8:.0f} % of its peak. The plan has vdm-cifar10 "
-            f"on one {gpu.name} at {100 * c.flops * batch / ours.step / gpu.bf16:.0f} %.",
+            f"that is {theirs / 1e12:.0f} TFLOP/s, {100 * theirs / TPU_V3_8:.0f} % of its peak. The plan has "
+            f"vdm-cifar10 on one {gpu.name} at {100 * c.flops * batch / ours.step / gpu.bf16:.0f} %.",
             show_theirs(share, launch),
         ]
     return "\n\n".join(parts)
