@@ -17,6 +17,7 @@ import torch
 from nelbo import checkpoints, cli, evaluation, likelihood, samplers
 from nelbo.data import load
 from nelbo.errors import UserError
+from nelbo.group import ALONE
 from nelbo.report.runs import read_runs
 from tiny import flags, tiny
 
@@ -148,8 +149,8 @@ def test_what_is_kept_of_another_evaluation_is_not_taken(runs: Path, tmp_path: P
     if spoilt == "not an archive":
         path.write_bytes(b"PK\x03\x04 and no more")
     else:
-        evaluation.Unfinished(path, {"seed": 1}).write(likelihood.ode_table(2, 2, 1))
-    assert evaluation.Unfinished(path, {"seed": 0}).read() is None
+        evaluation.Unfinished(path, {"seed": 1}, ALONE).write(likelihood.ode_table(2, 2, 1))
+    assert evaluation.Unfinished(path, {"seed": 0}, ALONE).read() is None
     assert evaluation.evaluate(run, settings).record["images"] == 2
 
 

@@ -98,9 +98,9 @@ def test_bf16_is_for_samples_and_leaves_the_model_as_it_was(run: Path) -> None:
     drawn = {}
     for precision in ("float32", "bf16"):
         settings = sampling.resolved(sampling.Settings(16, steps=8, precision=precision), model, "it")
+        seen.clear()
         drawn[precision] = sampling.draw_all(model, settings).astype(int)
         assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32} and len(seen) >= 8
         assert model.autocast is None
-        seen.clear()
     difference = np.abs(drawn["bf16"] - drawn["float32"])
     assert 0 < difference.mean() < 0.5  # grey levels, of 17

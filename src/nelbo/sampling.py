@@ -178,7 +178,7 @@ def _batch(model: DiffusionModel, settings: Settings) -> int:
 
     def work(images: int) -> None:
         with contextlib.suppress(UserError):  # the memory of a solve that fails is the same
-            draw(model, quick, range(images))
+            _drawn(model, quick, range(images), None)
 
     return min(joined().ask(most_rows(work, model.device)))
 
