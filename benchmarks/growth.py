@@ -460,8 +460,8 @@ def show_evaluation(results: dict[str, Any], threads: int) -> str:
     text = ["Likelihoods, one process; a row is an image once through the network:", shared.table(head, rows)]
     text.append(
         f"What limits them: the network's evaluations and their derivatives, at least {100 * least['vlb']:.0f} % of "
-        f"the bound's time and {100 * least['ode']:.0f} % of the ODE's. Seconds grow as the rows do, as far as the time of "
-        "a row stays the same."
+        f"the bound's time and {100 * least['ode']:.0f} % of the ODE's. Seconds grow as the rows do, as far as the "
+        "time of a row stays the same."
     )
     names, rows, notes = list(arrangements(threads)), [], []
     for method, found in results["processes"].items():

@@ -137,7 +137,7 @@ def test_all_cells_of_a_shared_machine(shared_machine: ModuleType) -> None:
         *(("nelbo's choice", column) for column in
           ("alone", "beside 1", "beside 2", "1 starts later", "2 start later")),
     ]  # fmt: skip
-    with pytest.raises(SystemExit, match="--ways must be among GNU OpenMP's default .* got two threads"):
+    with pytest.raises(SystemExit, match=r"--ways must be among GNU OpenMP's default .* got two threads"):
         shared_machine.main(replace(case, ways=("two threads",)))
 
 
