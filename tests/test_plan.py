@@ -103,8 +103,9 @@ def test_a_step_is_what_the_equations_say(plan):
     eight = plan.plan(counts, 128, 8, gpu, 0.5, 1e-4)
     assert eight.messages == pytest.approx(2 * 7 / 8 * 4e8 / 2.8e11)
     assert eight.step == pytest.approx(0.1 + 2e-3) and eight.limit == "launches"
-    # 1000 images do not fit: in two parts they do. What does not divide, or does not fit at all, has no plan.
+    # 1000 images do not fit: in two parts they do, 1001 in seven. What does not divide, or fit at all, has no plan.
     assert plan.plan(counts, 1000, 1, gpu, 0.5, 0.0).accumulate == 2
+    assert plan.plan(counts, 1001, 1, gpu, 0.5, 0.0).accumulate == 7
     assert plan.plan(counts, 100, 8, gpu, 0.5, 0.0) is None
     assert plan.plan(replace(counts, held=10**11), 128, 1, gpu, 0.5, 0.0) is None
     assert plan.forward_seconds(counts, gpu, 0.5) == pytest.approx(1e12 / 3 / 2.5e13 + 4e8 / 2e12)
