@@ -97,9 +97,9 @@ def test_likelihoods_are_timed_by_what_they_spend_it_on(growth: ModuleType) -> N
     task = {"method": "vlb", "preset": "vdm-digits", "points": [one, one | {"images": 6}], "repeats": 2}
     few, more = growth.evaluate(task)["points"]
     assert (few["rows"], more["rows"]) == (12, 24)
-    solve = {"images": 2, "samples": 2, "replicates": 1, "least_steps": 3, "batch": 4}
+    solve = {"images": 2, "samples": 2, "replicates": 1, "least_steps": 5, "batch": 4, **growth.LOOSE}
     found = growth.evaluate(task | {"method": "ode", "points": [solve]})["points"][0]
-    assert found["rows"] % 4 == 0 and found["rows"] >= 4 * 3
+    assert found["rows"] % 4 == 0 and 4 * 5 <= found["rows"] <= 4 * 15
     for record, derived in ((few, False), (more, False), (found, True)):
         assert len(record["seconds"]) == len(record["own"]) == 2
         for total, own, network, derivatives in zip(
