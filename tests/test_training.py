@@ -793,11 +793,11 @@ def test_before_it_starts_it_says_what_it_will_do(tmp_path: Path) -> None:
 
 
 def test_the_estimate_of_memory_counts_what_is_alive() -> None:
-    """x W with x (n, 1000): x, the output's gradient, two single numbers and the gradient of W at the end."""
+    """x W with x (n, 1000): x, x W and its square at the end of the forward pass, their sum, and the gradient of W."""
     model = torch.nn.Linear(1000, 1000, bias=False)
     found = memory_estimate(model, lambda n: model(torch.ones(n, 1000)).square().sum(), 100)
     assert found["weights"] == 4 * 4_000_000
-    assert found["activations"] == 4_000_000 + 2 * 400_000 + 2 * 4
+    assert found["activations"] == 4_000_000 + 3 * 400_000 + 4
     assert model.weight.grad is None
 
 

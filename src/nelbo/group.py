@@ -211,6 +211,8 @@ def join(device: Any = "cpu") -> Group:
     os.environ.setdefault("LOCAL_RANK", str(rank))
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=timedelta(minutes=5)))
+        # A launcher that starts all of them anew keeps the store: what the dead have left there is not for these.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
         # Waiting is never cut short: who is lost is found out by the thread that watches.
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(days=30))

@@ -52,23 +52,28 @@ class Live(TorchDispatchMode):
 
 
 def memory_estimate(model: nn.Module, loss: Callable[[int], Tensor], images: int) -> dict[str, int]:
-    """Bytes held at once: ``weights`` with their moments and average; ``activations`` and gradients at the peak.
+    """Bytes held at once: ``weights`` with their moments and average; ``activations`` and gradients, at most.
 
-    ``loss(n)`` is the loss of n images. Nothing is guessed: one image and then two go forward and backward, and the
-    tensors alive at the peak are counted. What the library needs inside an operation comes on top.
+    ``loss(n)`` is the loss of n images. Nothing is guessed: one image and then two go forward and backward, the tensors
+    alive at the peak are counted, and their growth from one to two is that of every image. Where gradients, as large as
+    the weights, hide that growth, the forward pass shows it: its peak and all gradients are a bound. What the library
+    needs inside an operation comes on top.
     """
-
-    def peak(n: int) -> int:
+    forward, both = [], []
+    for n in (1, 2):
         with Live() as live:
-            loss(n).backward()
-        for parameter in parameters:
+            value = loss(n)
+            forward.append(live.most)
+            value.backward()
+        both.append(live.most)
+        for parameter in model.parameters():
             parameter.grad = None
-        return live.most
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
 
-    parameters = list(model.parameters())
-    one, two = peak(1), peak(2)
-    weights = sum(p.numel() * p.element_size() for p in parameters)
-    return {"weights": 4 * weights, "activations": one + (images - 1) * (two - one)}
+    def grown(peaks: list[int]) -> int:
+        return peaks[0] + (images - 1) * (peaks[1] - peaks[0])
+
+    return {"weights": 4 * weights, "activations": max(grown(both), grown(forward) + weights)}
 
 
 def free_memory(device: Any) -> int:
