@@ -286,13 +286,13 @@ def vdm_cifar10() -> Config:
 
 
 def vdm_cifar10_aug() -> Config:
-    """VDM, augmented CIFAR-10 (2.49): monotone network, 256 channels, attention everywhere, batch 1024."""
+    """VDM, augmented CIFAR-10 (2.49): monotone network, 256 channels, attention everywhere."""
     base = _vdm(_augmented(_cifar10(), "vdm"))
     return replace(base, schedule=replace(base.schedule, kind="monotone", width=1024))
 
 
 def mulan_cifar10() -> Config:
-    """MuLAN, CIFAR-10, noise (2.60 as VLB in the paper): the public schedule width, latent and encoder."""
+    """MuLAN, CIFAR-10, noise (2.60 as VLB in the paper): public schedule width, latent, encoder."""
     return _mulan(_cifar10(), latent=replace(K_HOT, posterior="paper"))
 
 
@@ -303,7 +303,7 @@ def mulan_small_schedule_cifar10() -> Config:
 
 
 def mulan_factored_schedule_cifar10() -> Config:
-    """mulan-cifar10 with a schedule network whose wide layers are of rank 64: 1.7 M parameters for 37.9 M."""
+    """mulan-cifar10, schedule network's wide layers of rank 64: 1.7 M parameters for 37.9 M."""
     base = mulan_cifar10()
     return replace(base, schedule=replace(base.schedule, rank=64))
 
@@ -351,7 +351,7 @@ def idode_sp_cifar10() -> Config:
 
 
 def idode_vp_cifar10_aug() -> Config:
-    """i-DODE, augmented CIFAR-10, VP (2.42 by ODE on the better path): attention everywhere, batch 1024."""
+    """i-DODE, augmented CIFAR-10, VP (2.42 by ODE on the better path): attention everywhere."""
     return _idode(_augmented(_cifar10(), "turn"), "vp", steps=1_950_000)
 
 
