@@ -494,7 +494,7 @@ def write_tables() -> None:
         "photos32-baselines": baseline_table(results, "-photos32"),
         "ablations": final_table(results, ablations, "mulan-digits"),
         "follow-ups": final_table(results, follow_ups, "mulan-digits"),
-        "smaller": final_table(results, ["mulan-digits", *(name for name, _ in SMALLER)], "mulan-digits"),
+        "smaller": final_table(results, ["mulan-digits", *(name for name, _ in SMALLER)], "mulan-digits-again"),
         "beyond": final_table(results, beyond, "mulan-digits"),
         "ddpm": ddpm_table(results),
         "fashion": fashion_table(results),
