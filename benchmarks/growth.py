@@ -144,8 +144,8 @@ def training(case: Case) -> dict[str, Any]:
 
 def run_group(function: str, task: dict[str, Any], processes: int, threads: int) -> list[dict[str, Any]]:
     """What a function of this file says in each of some fresh processes, started as srun starts them."""
-    unset = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"}
-    environment = {k: v for k, v in os.environ.items() if k not in unset} | {"CUDA_VISIBLE_DEVICES": ""}
+    # accelerate takes all cores for each process of a group where OMP_NUM_THREADS does not say otherwise.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -192,7 +192,7 @@ def take_steps(task: dict[str, Any]) -> dict[str, Any]:
             if turn:
                 found[name].append(seconds)
     return {
-        "seconds": found["with"], "without_exchange": found["without"],
+        "threads": torch.get_num_threads(), "seconds": found["with"], "without_exchange": found["without"],
         "peak_bytes": shared.resident(largest=True) - before,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
     }  # fmt: skip

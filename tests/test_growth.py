@@ -117,7 +117,7 @@ def test_processes_take_the_same_step_with_and_without_the_exchange(growth: Modu
     assert len(both) == 2 and both[0]["parameters"] == both[1]["parameters"] > 1000
     for found in both:
         assert len(found["seconds"]) == len(found["without_exchange"]) == 2 and min(found["seconds"]) > 0
-        assert found["peak_bytes"] > 0
+        assert found["peak_bytes"] > 0 and found["threads"] == 1
     names = list(growth.arrangements(2))
     one = {"seconds": [0.1, 0.1], "without_exchange": [], "peak_bytes": 2**20, "parameters": 2**18}
     two = {**one, "seconds": [0.1, 0.08], "without_exchange": [0.06, 0.06]}
