@@ -394,12 +394,11 @@ def show_training(measured: dict[str, Any], precision: str) -> str:
     base = by_kind[0]
     most = max((*KINDS, "rest"), key=lambda kind: base[kind])
     text = f"What limits a step: {most}, {100 * base[most]:.0f} % of its time at the base."
+    seconds = {(r["what"], r["value"]): r["plain"]["seconds_per_step"]["median"] for r in measured["sweep"]}
     for row in by_kind[1:]:
-        kind = max((*KINDS, "rest"), key=lambda kind: row[kind] - base[kind])
-        text += (
-            f" At {row['value']} {row['what']} the part that gained most is {kind}: from {100 * base[kind]:.1f} to "
-            f"{100 * row[kind]:.1f} %."
-        )
+        times = seconds[row["what"], row["value"]] / seconds["base", 0]
+        factors = ", ".join(f"{k} {times * row[k] / base[k]:.1f}" for k in (*KINDS, "rest") if base[k])
+        text += f" With {row['what']} {row['value']} a step takes {times:.1f} times as long: {factors}."
     plain = {what: rows[-1]["plain"] for what, (_, rows) in grown(measured).items()}
     state = ", ".join(f"{100 * STATE * p['parameters'] / p['peak_bytes']:.0f} % at twice the {what}" if what != "pixels"
                       else f"{100 * STATE * p['parameters'] / p['peak_bytes']:.0f} % at four times the pixels"
@@ -482,8 +481,9 @@ def show_evaluation(results: dict[str, Any], threads: int) -> str:
         a, b = (sum(sum(f["network"]) + sum(f["derivatives"]) for f in group) for group in (several, [alone]))
         same = "the same" if {f["mean"] for f in several} == {alone["mean"]} else "not the same"
         notes.append(
-            f"{method}: of {names[2]} each waits for the others {100 * waited:.1f} % of the time, and their networks "
-            f"take {b and a / b:.2f} times the time that one thread takes alone; the figure is {same} to the last bit."
+            f"{method}, {names[2]}: a process waits for the others {100 * waited:.1f} % of the time, and their "
+            f"networks take {b and a / b:.2f} times the time that one thread takes alone; the figure is {same} to the "
+            "last bit."
         )
     head = ["likelihood", "", "seconds", f"as fast as {names[1]}"]
     return "\n\n".join([*text, "By the number of processes:", shared.table(head, rows), *notes])
@@ -514,6 +514,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     """The plots: growth-training.png and growth-evaluation.png, as far as they were measured."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     from nelbo.report.figures import RUN_COLOURS, STYLE
 
@@ -523,7 +524,12 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
         for colour, (label, (xs, ys)) in zip(RUN_COLOURS, curves.items(), strict=False):
             axes.plot([v / xs[0] for v in xs], ys, "o-", ms=3, color=colour, label=f"{label}: {fit(xs, ys)[0]:.2f}")
         axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
-        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator([2.0**k for k in range(8)]))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+            axis.set_minor_locator(NullLocator())
         axes.legend(title="exponent", title_fontsize=8.5)
 
     def bars(axes: Any, found: dict[str, dict[str, Any]]) -> None:
@@ -535,9 +541,8 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
             axes.barh(places, speed, height * 0.9, color=RUN_COLOURS[i], label=label)
         axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
         axes.invert_yaxis()
-        axes.set_xlabel(f"as fast as {names[1]}")
-        axes.set_xlim(0, 1.6)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.2), fontsize=7.5)
+        axes.set_xlabel("speed relative to the second")
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.2, 1), fontsize=7.5)
 
     def page(name: str, panels: list[Callable[[Any], None]]) -> None:
         figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")

@@ -31,6 +31,7 @@ import os
 import platform
 import statistics
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -506,12 +507,17 @@ def show_sweep(rows: list[dict[str, Any]]) -> str:
 
 
 def write_between(page: Path, name: str, text: str) -> None:
-    """Replace what stands in a page between ``<!-- name -->`` and ``<!-- end name -->``."""
+    """Replace what stands in a page between ``<!-- name -->`` and ``<!-- end name -->``; lines of prose are broken."""
     begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
     whole = page.read_text()
     if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
         raise SystemExit(f"{page} must have {begin} once and {end} once after it")
-    page.write_text(f"{whole.partition(begin)[0]}{begin}\n{text.strip()}\n{end}{whole.partition(end)[2]}")
+    blocks = [
+        block if block[0] in "|!" else textwrap.fill(block, 120, break_long_words=False, break_on_hyphens=False)
+        for block in text.strip().split("\n\n")
+    ]
+    joined = "\n\n".join(blocks)
+    page.write_text(f"{whole.partition(begin)[0]}{begin}\n{joined}\n{end}{whole.partition(end)[2]}")
 
 
 def main(case: Case) -> dict[str, Any]:
