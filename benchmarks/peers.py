@@ -46,6 +46,7 @@ left out, and said.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -177,7 +178,8 @@ def verify(case: Case) -> None:
 
 
 class Side:
-    """A process at the other end of two pipes (peers/serve.py)."""
+    """A process at the other end of two pipes (peers/serve.py), stopped while it is the others' turn: threads of some
+    libraries keep a core busy while they wait for work."""
 
     def __init__(self, name: str, composition: str, python: str, threads: int | None) -> None:
         self.name = name
@@ -195,6 +197,7 @@ class Side:
     def tell(self, **what: Any) -> None:
         """One line to the other end."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         try:
             self.process.stdin.write(json.dumps(what) + "\n")
             self.process.stdin.flush()
@@ -227,17 +230,21 @@ class Side:
         )
         self.hear()
         seconds = time.perf_counter() - self.begun
-        return {"start-up": seconds, **self.hear()}
+        answer = self.hear()
+        self.process.send_signal(signal.SIGSTOP)
+        return {"start-up": seconds, **answer}
 
     def run(self, name: str) -> tuple[float, float]:
         """Seconds, and how many cores were busy."""
         self.tell(run=name)
         answer = self.hear()
+        self.process.send_signal(signal.SIGSTOP)
         return answer["seconds"], answer["cpu"] / answer["seconds"]
 
     def end(self) -> None:
         """Close the pipe, and wait."""
         assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.send_signal(signal.SIGCONT)
         try:
             self.process.stdin.close()
         except BrokenPipeError:

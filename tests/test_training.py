@@ -222,6 +222,33 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         assert torch.allclose(value, tensors(tmp_path / "two", 12)[name], rtol=1e-3, atol=1e-4), name
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a compiler")
+@pytest.mark.parametrize("name", ["vdm-digits", "mulan-digits", "ddpm-digits"])
+def test_a_compiled_network_trains_the_same(name: str, tmp_path: Path) -> None:
+    """Losses of six steps and what follows a stop in between, dropout included; channels last."""
+    config = tiny(name, training__steps=6, training__log_every=1, network__dropout=0.2, training__evaluate_every=0)
+    train(config, tmp_path / "eager", **quiet)
+    compiled = change(config, {"training.compile": "on"})
+    train(change(compiled, {"training.steps": 3}), tmp_path / "compiled", **quiet)
+    train(compiled, tmp_path / "compiled", **quiet)
+    eager, found = (metrics(tmp_path / folder) for folder in ("eager", "compiled"))
+    assert len(eager) == len(found) == 6
+    for a, b in zip(eager, found, strict=True):
+        assert b["bits_per_dim"] == pytest.approx(a["bits_per_dim"], rel=1e-5)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
+
+
+def test_what_is_compiled_is_said_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = tiny("idode-vp-digits", training__compile="on", objective__second_order=0.1)
+    with pytest.raises(UserError, match=r"training.compile on does not go with objective.second_order above 0"):
+        train(config, tmp_path / "run", **quiet)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"training.compile on needs a C\+\+ compiler on a CPU"):
+        train(tiny(training__compile="on"), tmp_path / "run", **quiet)
+
+
 def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
     said: list[str] = []
     train(tiny(), tmp_path / "run", **quiet)

@@ -232,6 +232,9 @@ class TrainingConfig:
     """Parts into which a batch is split to save memory."""
     precision: Literal["float32", "bf16"] = "float32"
     """Arithmetic of the denoiser in training; losses and evaluation are float32 always."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the denoiser for training, its images with channels last. It takes minutes at every start, and on a CPU a
+    C++ compiler. auto: on a GPU, where weights are not sharded and no second order is asked for."""
     seed: int = 0
     """Seed of initial weights, data order, times, noise and dropout."""
     log_every: int = 50
@@ -525,7 +528,8 @@ def _parse(value: Any, hint: Any, where: str) -> Any:
 FREE = (
     "training.steps training.log_every training.evaluate_every training.evaluate_images training.evaluate_times "
     "training.sample_every training.save_every training.keep data.source training.fid_every training.fid_samples "
-    "training.fid_steps training.fid_extractor training.fid_weights training.sharding"
+    "training.fid_steps training.fid_extractor training.fid_weights training.sharding "
+    "training.compile"
 ).split()
 
 

@@ -49,10 +49,10 @@ def whole(tensor: Any) -> Tensor:
 
 
 def place_like(tensor: Tensor, like: Any) -> Tensor:
-    """A whole tensor, which every process has, sharded where ``like`` is, and where that lies."""
-    tensor = tensor.to(like.device)
+    """A whole tensor, which every process has, sharded where ``like`` is, and lying in memory as that does."""
     if not is_part(like):
-        return tensor
+        return torch.empty_like(like, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    tensor = tensor.to(like.device)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -10,6 +10,7 @@ Several processes (group.py) each take their part of a batch, of an evaluation a
 import contextlib
 import copy
 import math
+import shutil
 import signal
 import time
 from collections import deque
@@ -127,6 +128,7 @@ class Trainer:
         self.ema.autocast = None
         loss: Any = Loss(self.model, config)
         self.sharded = training.sharding == "full" and self.processes > 1
+        self.compile(device)
         if self.sharded:
             for whole_module, model in ((loss, self.model), (self.ema, self.ema)):
                 assert isinstance(model.network, nn.Module)
@@ -162,6 +164,29 @@ class Trainer:
         """A model as training begins with."""
         config, data = self.config, self.data
         return build_model(config, data.shape, data.levels, data.classes or None).to(self.accelerator.device)
+
+    def compile(self, device: torch.device) -> None:
+        """Compile the denoiser where that is wanted, before anything is built on its parameters."""
+        config, wanted = self.config, self.config.training.compile
+        against = {
+            "training.sharding full": self.sharded,
+            "objective.second_order above 0": config.objective.second_order > 0,
+        }
+        if wanted == "off" or (wanted == "auto" and (device.type != "cuda" or any(against.values()))):
+            return
+        for what, there in against.items():
+            if there:
+                raise UserError(f"training.compile on does not go with {what}: use off")
+        if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+            raise UserError(
+                "training.compile on needs a C++ compiler on a CPU: g++, c++ or clang++ on PATH; or use off"
+            )
+        for model in (self.model, self.ema):
+            for layer in model.modules():
+                if isinstance(layer, nn.Conv2d):
+                    layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        assert isinstance(self.model.network, nn.Module)
+        self.model.network.compile(dynamic=False)
 
     def averaged(self) -> DiffusionModel:
         """The model with averaged weights, whole in every process. All of them must ask."""
@@ -276,7 +301,7 @@ class Trainer:
             some = slice(0, images)
             return loss(self.batches.batch_at(0, some), some, 0).loss.sum()
 
-        with self.attention():
+        with self.attention(), torch.compiler.set_stance("force_eager"):
             return memory_estimate(self.model, forward, part)
 
     def attention(self) -> contextlib.AbstractContextManager[None]:
