@@ -63,13 +63,16 @@ def test_readme_example_is_ten_lines():
     assert len([line for line in block[1].splitlines() if line.strip()]) == 10
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 12), ("docs/data.md", 6), ("docs/checkpoints.md", 9)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("README.md", 13), ("docs/data.md", 6), ("docs/checkpoints.md", 9), ("docs/scale.md", 4)]
+)
 def test_commands_parse(page, least, monkeypatch):
     called = []
     for verb in cli.VERBS:
         monkeypatch.setitem(cli.VERBS, verb, (cli.VERBS[verb][0], called.append))
     monkeypatch.setattr(cli.train, "carry_out", lambda command, name: called.append(command))
     monkeypatch.setattr(cli.convert, "carry_out", called.append)
+    monkeypatch.setattr(cli.submit, "carry_out", lambda job, command: called.append(job))
     lines = re.findall(r"^ {4}(nelbo .*?)(?:  +.*)?$", (ROOT / page).read_text(), re.M)
     lines = [line for line in lines if line != "nelbo presets"]  # prints and is done
     assert len(lines) >= least

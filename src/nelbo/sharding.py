@@ -49,7 +49,10 @@ def whole(tensor: Any) -> Tensor:
 
 
 def place_like(tensor: Tensor, like: Any) -> Tensor:
-    """A whole tensor, which every process has, sharded where ``like`` is, and lying in memory as that does."""
+    """A whole tensor, which every process has, sharded where ``like`` is, and lying in memory as that does; one of
+    another shape as it is."""
+    if tensor.shape != like.shape:
+        return tensor
     if not is_part(like):
         return torch.empty_like(like, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
     tensor = tensor.to(like.device)
