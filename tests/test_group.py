@@ -233,9 +233,9 @@ def test_a_mistake_of_all_and_one_of_a_single_process_are_one_line(start: Starte
 
 def test_a_group_needs_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="WORLD_SIZE is 2, and RANK, MASTER_ADDR, MASTER_PORT not set"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"):
         join()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join() is ALONE

@@ -53,10 +53,12 @@ def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
 def test_a_container_s_limit_is_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "most").write_text(f"{2**28}\n")
     (tmp_path / "now").write_text(f"{2**27}\n")
-    monkeypatch.setattr(memory, "CGROUP", ((str(tmp_path / "most"), str(tmp_path / "now")),))
-    assert free_memory("cpu") == 2**27
+    (tmp_path / "parts").write_text("anon 5\ninactive_file 4096\n")
+    names = (*(str(tmp_path / name) for name in ("most", "now", "parts")), "inactive_file")
+    monkeypatch.setattr(memory, "CGROUP", (names,))
+    assert free_memory("cpu") == 2**27 + 4096
     (tmp_path / "most").write_text("max\n")
-    assert free_memory("cpu") != 2**27
+    assert free_memory("cpu") != 2**27 + 4096
 
 
 @pytest.fixture(scope="module")

@@ -142,6 +142,8 @@ def _main(arguments: list[str] | None) -> int:
         return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if group := _group():
+            group.fail("its output was closed", 1)
         return 1
     except (UserError, Stopped) as error:
         message, status = str(error), error.status if isinstance(error, Stopped) else 2

@@ -360,6 +360,7 @@ def evaluate(
     check(settings)
     group = join(device)
     source = resolve(run, settings.checkpoint, settings.weights, out, settings.parameterization)
+    group.agree(source.identity, f"weights of {run}")
     if settings.method == "ode" and settings.least_steps is None:
         settings = replace(settings, least_steps=LEAST_STEPS.get(settings.solver, 1))
     with group.first():  # which may have to prepare the images
@@ -371,6 +372,7 @@ def evaluate(
     other = None
     if compare is not None:
         other_source = resolve(compare, settings.checkpoint, settings.weights)
+        group.agree(other_source.identity, f"weights of {compare}")
         other = _load_for(other_source, settings, dataset, device)
     if group.main:
         checkpoints.make_folder(source.folder / "evaluations")

@@ -429,6 +429,8 @@ def evaluate(
     if out is not None and out.is_dir():
         raise UserError(f"--out needs a file, got the folder {out}")
     model_source = resolve(source, settings.checkpoint, settings.run_weights) if drawn else None
+    if model_source is not None:
+        group.agree(model_source.identity, f"weights of {source}")
     home = _home(path) if model_source is None else model_source.folder
     data = settings.data or _data(model_source, home)
     with group.first():  # which may have to prepare the images

@@ -86,6 +86,13 @@ class Group:
             dist.all_gather_object(values, value)
         return values
 
+    def agree(self, value: Any, what: str) -> None:
+        """UserError where ``value`` is not the same in all processes; ``what`` it is, for people."""
+        if any(theirs != value for theirs in self.ask(value)):
+            raise UserError(
+                f"processes see different {what}: it changed meanwhile, or their file systems differ; again?"
+            )
+
     def wait(self) -> None:
         """Go on when all have come here."""
         self.merge(np.zeros(1))
@@ -195,25 +202,27 @@ def joined() -> Group:
     return _joined
 
 
-def join(device: Any = "cpu") -> Group:
-    """The group of the processes launched together, which all call this; ``ALONE`` where there is only one.
+def join(device: Any = None) -> Group:
+    """The group of the processes launched together, which all call this before anything that may fail in one of them;
+    ``ALONE`` where there is only one.
 
-    ``device``: where this process computes. Raises UserError where the others do not come.
+    ``device``: what this process will compute on; by default a GPU where there is one. Raises UserError where the
+    others do not come.
     """
     global _joined
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if _joined is not ALONE or count == 1:
         return _joined
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is {count}, and {', '.join(missing)} not set: launch with torchrun or accelerate")
     rank = int(os.environ["RANK"])
-    os.environ.setdefault("LOCAL_RANK", str(rank))
+    gpu = str(device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, count, timeout=timedelta(minutes=5)))
         # A launcher that starts all of them anew keeps the store: what the dead have left there is not for these.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         # Waiting is never cut short: who is lost is found out by the thread that watches.
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timedelta(days=30))
     except (RuntimeError, ValueError, OSError) as error:

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["free_memory", "memory_estimate", "most_rows"]
 
 SHARE = 0.5  # of the free memory: what a library needs inside an operation is not counted
-# What a container may take and has taken, in both versions of Linux's control groups.
+# What a container may take, has taken, and of that would give back (files read), in both versions of control groups.
 CGROUP = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
 # Rows at once above which nothing gets faster: on a CPU nothing does even before (docs/performance.md).
 ENOUGH = {"cpu": 256, "cuda": 8192}
@@ -85,10 +85,11 @@ def free_memory(device: Any) -> int:
     import psutil
 
     free = [psutil.virtual_memory().available]
-    for limit, used in CGROUP:
-        with contextlib.suppress(OSError, ValueError):  # no such limit
-            most, now = (int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used))
-            free.append(max(most - now, 0))
+    for *names, inactive in CGROUP:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such limit
+            limit, used, parts = ((Path("/sys/fs/cgroup") / name).read_text() for name in names)
+            files = dict(line.split() for line in parts.splitlines())[inactive]
+            free.append(max(int(limit) - int(used) + int(files), 0))
     return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

@@ -312,9 +312,12 @@ def sample_to_shards(
     if group.main:
         checkpoints.make_folder(folder)
     with checkpoints.locked(folder, "sampling into") if group.main else contextlib.nullcontext():
-        with group.first():
+        begun = None
+        if group.main:
             shards = Shards.begin(folder, said | source, settings.count, settings.shard, model.shape, model.levels)
-        missing = group.tell([i for i in range(len(shards)) if group.main and not shards.complete(i)])
+            begun = shards.meta, [i for i in range(len(shards)) if not shards.complete(i)]
+        meta, missing = group.tell(begun)
+        shards = Shards(folder, meta)
         done = settings.count - sum(len(shards.numbers(i)) for i in missing)
         progress(done)
         for unit in group.units(len(missing)):

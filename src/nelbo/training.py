@@ -104,8 +104,8 @@ class Trainer:
         from accelerate import Accelerator
 
         self.config, self.run, self.data = config, run, data
+        self.group = join()
         device = choose_device()
-        self.group = join(device)
         # The model chooses its own precision.
         self.accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
         self.processes = self.group.count
@@ -490,16 +490,20 @@ def train(
     signal asked for it.
     """
     run, training = Path(run), config.training
-    group = join(choose_device())
+    group = join()
     with group.first():  # which may have to prepare the images
         data = load(config.data.source)
     # What the main process sees: a folder may look different from another machine for a while.
-    record, kept = group.tell((_read_folder(run), checkpoints.list_checkpoints(run)) if group.main else None)
+    found = None
+    if group.main:
+        kept = checkpoints.list_checkpoints(run)
+        found = _read_folder(run), kept, checkpoints.find_checkpoint(kept[-1]).step if kept else 0
+    record, kept, step = group.tell(found)
     init = None if init_from is None else {"from": _origin(init_from), "optimizer": init_optimizer}
     if record is not None:
         _check_same(config, data, init, run, record)
     say = say if group.main else lambda line: None
-    if kept and (step := checkpoints.read_checkpoint(run).step) >= training.steps:
+    if kept and step >= training.steps:
         say(f"{run} is complete: {step} of {training.steps} steps")
         return run
     trainer = Trainer(config, run, data)
@@ -610,4 +614,5 @@ def _loop(
                 log.sync()
             trainer.save()
         if stop and not last:
+            trainer.group.wait()  # none may end, and with it the others, before all is saved
             raise Stopped(caught[0] if caught else signal.SIGTERM, trainer.step)

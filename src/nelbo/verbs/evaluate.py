@@ -100,8 +100,8 @@ def carry_out(command: Evaluate) -> None:
     chosen |= {name: None for name in ("variance", "dequantization") if chosen[name] == "own"}
     chosen["clip"] = {"own": None, "on": True, "off": False}[command.clip]
     settings = evaluation.Settings(**chosen)
+    group = join(command.device)
     device = choose_device(command.device)
-    group = join(device)
     with Progress(shown=group.main) as progress:
 
         def seen(run: str, done: int, images: int, bits: float) -> None:

@@ -86,8 +86,8 @@ def carry_out(command: Fid) -> None:
 
     names = {f.name for f in dataclasses.fields(fid.Settings)}
     settings = fid.Settings(**{k: v for k, v in vars(command).items() if k in names})
+    group = join(command.device)
     device = choose_device(command.device)
-    group = join(device)
     say = print if group.main else lambda line: None
     with Progress(shown=group.main) as progress:
         found = fid.evaluate(

@@ -41,6 +41,7 @@ export OMP_NUM_THREADS={cpus}
 # A process that ends early must not end the others, which may be saving.
 srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait=0 bash -c '
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+export LOCAL_WORLD_SIZE={processes}
 exec "$@"' process \\
     {command}
 status=$?
@@ -158,6 +159,7 @@ def script(submit: Submit, command: Sequence[str]) -> str:
         options="\n".join(f"#SBATCH --{name}{'=' * (value != '')}{value}" for name, value in given.items()),
         place="GPU" if gpus else "share of the cores",
         cpus=submit.cpus,
+        processes=gpus or submit.processes,
         command=shlex.join([sys.executable, "-m", "nelbo.cli", *command]),
         lost=LOST,
         soon=SOON,

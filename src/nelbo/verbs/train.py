@@ -42,12 +42,11 @@ def carry_out(command: Train, name: str) -> None:
         raise UserError("--init-optimizer needs --init-from RUN_OR_CHECKPOINT")
     set_threads(command.threads)
     from nelbo import training
-    from nelbo.devices import choose_device
     from nelbo.group import join
     from nelbo.progress import Progress
 
     total = command.config.training.steps
-    with Progress(shown=join(choose_device()).main) as progress:
+    with Progress(shown=join().main) as progress:
 
         def show(step: int, bits: float, rate: float) -> None:
             progress.update("training", step, total, "" if bits != bits else f"{bits:.3f} bits/dim", rate)
