@@ -17,7 +17,8 @@ import pytest
 from group_work import work
 from nelbo import checkpoints
 from nelbo.errors import UserError
-from nelbo.group import ALONE, LOST, TEMPORARY, join
+from nelbo.group import ALONE, LOST, join
+from nelbo.stopping import TEMPORARY
 from nelbo.training import train
 from tiny import change, files, flags, metrics, tiny
 

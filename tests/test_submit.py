@@ -11,7 +11,7 @@ import pytest
 
 from nelbo import cli
 from nelbo.errors import UserError
-from nelbo.group import TEMPORARY
+from nelbo.stopping import TEMPORARY
 from nelbo.verbs import submit
 from nelbo.verbs.submit import Submit
 
@@ -167,4 +167,4 @@ def test_the_page_on_scale_submits(slurm, capsys):
 
 
 def test_the_status_of_a_lost_process_is_the_group_s():
-    assert submit.LOST == TEMPORARY
+    assert f"status == {TEMPORARY} ||" in submit.script(submit.Submit(), ["fid", "run"])

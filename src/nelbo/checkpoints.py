@@ -21,9 +21,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nelbo.errors import UserError
+
+if TYPE_CHECKING:  # it loads torch
+    from nelbo.group import Group
 
 __all__ = [
     "Checkpoint",
@@ -314,7 +317,7 @@ def read_tensors(path: Path, expected: dict[str, Any], name: str, why: str) -> d
 
 
 def save_checkpoint(
-    run: Path, tensors: dict[str, dict[str, Any]], meta: dict[str, Any], keep: int, group: Any = None
+    run: Path, tensors: dict[str, dict[str, Any]], meta: dict[str, Any], keep: int, group: "Group | None" = None
 ) -> Checkpoint:
     """Write a checkpoint aside and rename it; then drop older ones but the last ``keep`` and the best.
 

@@ -19,7 +19,7 @@ from nelbo import presets
 from nelbo.arguments import parse
 from nelbo.errors import UserError
 from nelbo.process import choose_waiting, keep_memory
-from nelbo.stopping import Stopped
+from nelbo.stopping import RESUME, TEMPORARY, Stopped
 from nelbo.verbs import convert, data, evaluate, fid, report, sample, share, submit, train
 
 __all__ = ["main"]
@@ -151,8 +151,6 @@ def _main(arguments: list[str] | None) -> int:
         number = error.args[0] if error.args else signal.SIGINT
         message = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
         if _group() and number == signal.SIGTERM:
-            from nelbo.group import RESUME
-
             message += f", which a launcher sends to all processes when one is lost; {RESUME}"
         status = 128 + number
     except OSError as error:
@@ -162,8 +160,6 @@ def _main(arguments: list[str] | None) -> int:
         if isinstance(error, MemoryError) or re.search(memory, str(error)):
             message, status = f"{lines[0]}: out of memory; try a smaller batch, or training.accumulate above 1", 2
         elif _group() and re.search("gloo|NCCL|[Cc]onnection|[Ss]ocket|peer", str(error)):
-            from nelbo.group import RESUME, TEMPORARY
-
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line comes first
             _group().cut_off()  # ends this process where the reason is known
             reason = re.sub(r"^\[[^]]*\] |\. .*", "", lines[0])

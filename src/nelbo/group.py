@@ -26,12 +26,11 @@ import torch
 import torch.distributed as dist
 
 from nelbo.errors import UserError
+from nelbo.stopping import RESUME, TEMPORARY
 
-__all__ = ["ALONE", "TEMPORARY", "Group", "join", "joined"]
+__all__ = ["ALONE", "Group", "join", "joined"]
 
 BEAT, LOST = 2.0, 30.0  # seconds
-TEMPORARY = 75  # exit status where the same command may succeed later (EX_TEMPFAIL of sysexits.h)
-RESUME = "the same command goes on from what is saved, also with another number of processes"
 
 
 class Group:
@@ -89,9 +88,7 @@ class Group:
     def agree(self, value: Any, what: str) -> None:
         """UserError where ``value`` is not the same in all processes; ``what`` it is, for people."""
         if any(theirs != value for theirs in self.ask(value)):
-            raise UserError(
-                f"processes see different {what}: it changed meanwhile, or their file systems differ; again?"
-            )
+            raise UserError(f"the processes see different {what}: they changed just now, or file systems differ")
 
     def wait(self) -> None:
         """Go on when all have come here."""

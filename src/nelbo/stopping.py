@@ -1,4 +1,4 @@
-"""Leaving cleanly when a signal asks for it."""
+"""Leaving cleanly when a signal asks for it; and what is said and returned where the same command may go on."""
 
 import contextlib
 import signal
@@ -6,7 +6,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Stopped", "listen"]
+__all__ = ["RESUME", "TEMPORARY", "Stopped", "listen"]
+
+TEMPORARY = 75  # exit status where another process was lost (EX_TEMPFAIL of sysexits.h)
+RESUME = "the same command goes on from what is saved, also with another number of processes"
 
 
 class Stopped(Exception):

@@ -23,10 +23,10 @@ from typing import Annotated
 import tyro
 
 from nelbo.errors import UserError
+from nelbo.stopping import TEMPORARY
 
 __all__ = ["Submit", "carry_out", "split"]
 
-LOST = 75  # the status where another process was lost: nelbo.group.TEMPORARY, which would load torch
 SOON = 600  # seconds; a job that loses a process sooner would only lose it again
 
 SCRIPT = """\
@@ -161,7 +161,7 @@ def script(submit: Submit, command: Sequence[str]) -> str:
         cpus=submit.cpus,
         processes=gpus or submit.processes,
         command=shlex.join([sys.executable, "-m", "nelbo.cli", *command]),
-        lost=LOST,
+        lost=TEMPORARY,
         soon=SOON,
     )
 
