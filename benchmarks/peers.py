@@ -10,6 +10,7 @@ Each peer stands beside nelbo's composition of the same network, in the same siz
                    azula: its tutorial's step with its own nn.UNet of nearly that size
                    azula-adm: the same with the U-Net of ADM, DDPM's in this shape, which recomputes activations
     attention      denoising-diffusion-pytorch: its U-Net and its Trainer's step
+                   denoising-diffusion-pytorch-kept: the same, with one thing of nelbo's: memory kept from step to step
 
 The two of the flat U-Net are transcriptions written here (benchmarks/peers/), not anybody's published program. They are
 held against the reference cases of the public code first: the same weights and inputs must give the recorded network
@@ -39,6 +40,9 @@ The peers are no dependencies of nelbo. diffusers comes with nelbo[ddpm]; the ot
     python benchmarks/peers.py --python jax=jax/bin/python azula=peers/bin/python \
         denoising-diffusion-pytorch=peers/bin/python --out peers.json
 
+    python benchmarks/peers.py --python denoising-diffusion-pytorch=peers/bin/python --only denoising-diffusion-pytorch \
+        denoising-diffusion-pytorch-kept --multipliers 1 2 4 8 --batch 16        (in that package's own default shape)
+
 (``--no-deps`` leaves torchvision out, which does not import beside a torch of another index; the two use it for data
 sets and pictures only, and where it does not import, empty modules stand for it.) A peer that cannot be imported is
 left out, and said.
@@ -55,7 +59,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 ENVIRONMENT = dict(os.environ)  # before nelbo chooses how threads wait: what the peers get
 HERE = Path(__file__).resolve().parent
@@ -67,13 +71,26 @@ import tyro
 from nelbo.arguments import parse
 from nelbo.errors import UserError
 
-PEERS = {  # name -> the composition it stands beside, its script
-    "jax": ("flat", "flat_flax.py"),
-    "torch": ("flat", "flat_torch.py"),
-    "diffusers": ("ddpm", "diffusers_example.py"),
-    "azula": ("ddpm", "azula_denoiser.py"),
-    "azula-adm": ("ddpm", "azula_denoiser.py"),
-    "denoising-diffusion-pytorch": ("attention", "package.py"),
+
+
+class Peer(NamedTuple):
+    """The composition that a peer stands beside, its script, whose Python it shares, and what is set for it."""
+
+    composition: str
+    script: str
+    python: str | None = None
+    environment: dict[str, str] = {}
+
+
+KEPT = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}  # what nelbo.process.keep_memory asks of glibc
+PEERS = {
+    "jax": Peer("flat", "flat_flax.py"),
+    "torch": Peer("flat", "flat_torch.py"),
+    "diffusers": Peer("ddpm", "diffusers_example.py"),
+    "azula": Peer("ddpm", "azula_denoiser.py"),
+    "azula-adm": Peer("ddpm", "azula_denoiser.py", "azula"),
+    "denoising-diffusion-pytorch": Peer("attention", "package.py"),
+    "denoising-diffusion-pytorch-kept": Peer("attention", "package.py", "denoising-diffusion-pytorch", KEPT),
 }
 CHECKED = ("jax", "torch")
 TIMED = {"training step": 2, "sampling step": 2, "samples": 1}  # runs, and turns that are not counted
@@ -85,14 +102,14 @@ class Case:
     """What is measured."""
 
     python: tuple[str, ...] = ()
-    """NAME=PATH: the Python in which a peer is installed. azula's is azula-adm's too. By default the one that runs
-    this."""
+    """NAME=PATH: the Python in which a peer is installed. azula's is azula-adm's too, denoising-diffusion-pytorch's that
+    of -kept. By default the one that runs this."""
     only: tuple[str, ...] = ()
     """Peers to measure. By default all."""
     precision: tuple[Literal["float32", "bf16"], ...] = ("float32", "bf16")
     """Precisions, one after the other."""
     channels: int = 64
-    """Channels of the networks, at the first resolution: a multiple of 32 above 32."""
+    """Channels of the networks, at the first resolution: a multiple of 32, above 32 but for attention."""
     levels: int = 8
     """flat: residual blocks on the way down."""
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
@@ -142,8 +159,8 @@ def interpreters(case: Case) -> dict[str, str]:
         if not os.access(path, os.X_OK) or Path(path).is_dir():
             raise UserError(f"--python {name}: {path} is no program that can be run")
         given[name] = path
-    given.setdefault("azula-adm", given.get("azula", sys.executable))
-    return {name: given.get(name, sys.executable) for name in (OURS, *PEERS)}
+    own = {name: given.get(name) or given.get(peer.python or "") for name, peer in PEERS.items()}
+    return {OURS: sys.executable} | {name: path or sys.executable for name, path in own.items()}
 
 
 def verify(case: Case) -> None:
@@ -154,8 +171,11 @@ def verify(case: Case) -> None:
     for name in ("levels", "batch", "steps", "repeats", "fresh"):
         if getattr(case, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(case, name)}")
-    if case.channels % 32 or case.channels <= 32:
-        raise UserError(f"--channels must be a multiple of 32 above 32 (32 groups), got {case.channels}")
+    groups = any(peer.composition != "attention" for name, peer in PEERS.items() if not case.only or name in case.only)
+    if case.channels % 32 or case.channels < 32 * (1 + groups):
+        raise UserError(
+            f"--channels must be a multiple of 32{' above 32 (32 groups)' if groups else ''}, got {case.channels}"
+        )
     if not 0 <= case.dropout < 1:
         raise UserError(f"--dropout must lie in [0, 1), got {case.dropout}")
     if len(case.multipliers) < 2 or min(case.multipliers) < 1:
@@ -183,8 +203,8 @@ class Side:
 
     def __init__(self, name: str, composition: str, python: str, threads: int | None) -> None:
         self.name = name
-        script = HERE / "peers" / (PEERS[name][1] if name in PEERS else "ours.py")
-        environment = dict(ENVIRONMENT if name in PEERS else os.environ)
+        script = HERE / "peers" / (PEERS[name].script if name in PEERS else "ours.py")
+        environment = ENVIRONMENT | PEERS[name].environment if name in PEERS else dict(os.environ)
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
         self.composition, self.errors = composition, tempfile.TemporaryFile("w+")
@@ -392,7 +412,7 @@ def show_summary(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     for name, by_precision in found.items():
         for precision, result in by_precision.items():
             cells = [shared.show(shared.spread(ratios(result["sides"], name, what)), 1, 2) for what, *_ in ROWS]
-            rows.append([name, PEERS[name][0], precision, *cells])
+            rows.append([name, PEERS[name].composition, precision, *cells])
     return shared.table([f"peer / {OURS}", "composition", "precision", *(what for what, *_ in ROWS)], rows)
 
 
@@ -433,8 +453,8 @@ def carry_out(case: Case, pythons: dict[str, str]) -> dict[str, Any]:
         flush=True,
     )
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for composition in dict.fromkeys(PEERS[name][0] for name in wanted):
-        names = [name for name in wanted if PEERS[name][0] == composition]
+    for composition in dict.fromkeys(PEERS[name].composition for name in wanted):
+        names = [name for name in wanted if PEERS[name].composition == composition]
         for precision in case.precision:
             result = measure(case, composition, names, pythons, precision)
             report["results"][f"{composition}, {precision}"] = result

@@ -225,6 +225,23 @@ def test_a_file_is_the_old_or_the_new_whichever_operation_fails(kind: str, tmp_p
     assert failures >= 5 and path.read_text() == "new"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_that_belong_together_stay_together_whichever_operation_fails(kind: str, tmp_path: Path) -> None:
+    figures, images = tmp_path / "evaluations" / "bound.json", tmp_path / "evaluations" / "bound.npz"
+
+    def write(what: str) -> None:
+        checkpoints.write_together({images: what, figures: what.encode()})
+
+    found = []
+    for _, error in every_fault(tmp_path, kind, lambda: write("new")):
+        assert error is not None
+        found.append({path.read_text() if path.exists() else "none" for path in (figures, images)})
+        write("old")
+        assert entries(tmp_path) == {"evaluations": None, "evaluations/bound.json": b"old", "evaluations/bound.npz": b"old"}
+    assert [len(texts) for texts in found].count(1) >= len(found) - 1  # all but a failure between the two renames
+    assert {"old"} in found and {"new"} in found and figures.read_text() == images.read_text() == "new"
+
+
 def record(step: int) -> dict[str, Any]:
     return {"kind": "train", "step": step, "bits_per_dim": 2.0 + 1 / step, "terms": {"latent": 0.5}}
 

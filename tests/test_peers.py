@@ -173,6 +173,7 @@ def test_tables(peers):
         ("--python jax=/nothing", "--python jax: /nothing is no program that can be run"),
         ("--python jax=/", "--python jax: / is no program that can be run"),
         ("--channels 32", "--channels must be a multiple of 32 above 32 (32 groups), got 32"),
+        ("--only denoising-diffusion-pytorch --channels 48", "--channels must be a multiple of 32, got 48"),
         ("--size 12", "--size must be at least 8 and halve 3 times, got 12"),
         ("--repeats 0", "--repeats must be at least 1, got 0"),
         ("--dropout 1", "--dropout must lie in [0, 1), got 1.0"),
@@ -191,6 +192,14 @@ def test_mistakes(peers, arguments, message):
         peers.main(peers.parse(peers.Case, arguments.split(), "benchmarks/peers.py", program="python"))
 
 
+def test_sides_that_share_a_python(peers):
+    given = ("azula=/bin/sh", "denoising-diffusion-pytorch=/bin/true")
+    found = peers.interpreters(peers.Case(python=given))
+    own = {name: path for name, path in found.items() if path != sys.executable}
+    kept = {"denoising-diffusion-pytorch": "/bin/true", "denoising-diffusion-pytorch-kept": "/bin/true"}
+    assert own == {"azula": "/bin/sh", "azula-adm": "/bin/sh", **kept}
+
+
 def test_a_mistake_is_one_line_and_status_2():
     script = ROOT / "benchmarks" / "peers.py"
     found = subprocess.run([sys.executable, script, "--channels", "48"], capture_output=True, text=True, timeout=120)
@@ -204,7 +213,7 @@ def test_the_check_as_a_command_and_a_side_that_breaks(peers, capsys, monkeypatc
     assert re.match(
         r"torch: \d+ comparisons with the reference cases hold; the nearest to its", capsys.readouterr().out
     )
-    monkeypatch.setitem(peers.PEERS, "torch", ("flat", "nothing.py"))
+    monkeypatch.setitem(peers.PEERS, "torch", peers.Peer("flat", "nothing.py"))
     with pytest.raises(peers.Failed, match=r"^torch: ended with status 2: .*nothing\.py"):
         peers.main(case)
 

@@ -44,6 +44,7 @@ __all__ = [
     "sync_folder",
     "to_json",
     "write_aside",
+    "write_together",
     "write_json",
 ]
 
@@ -83,17 +84,27 @@ def make_folder(folder: Path) -> None:
 
 def write_aside(path: Path, content: bytes | str) -> None:
     """Write a file under a temporary name, flush it to disk and rename it into place."""
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    write_together({path: content})
+
+
+def write_together(files: dict[Path, bytes | str]) -> None:
+    """``write_aside`` of files that belong together: none is renamed into place before all are written."""
+    asides = {path: path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in files}
+    path = next(iter(files))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write(aside, content.encode() if isinstance(content, str) else content)
-            os.replace(aside, path)
+            for path, content in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write(asides[path], content.encode() if isinstance(content, str) else content)
+            for path, aside in asides.items():
+                os.replace(aside, path)
         except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to tell
-                aside.unlink(missing_ok=True)
+            for aside in asides.values():
+                with contextlib.suppress(OSError):  # the first error is the one to tell
+                    aside.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        for folder in {path.parent: None for path in files}:
+            sync_folder(folder)
     except OSError as error:
         raise cannot_write(error, path) from error
 

@@ -447,8 +447,9 @@ def evaluate(
         np.savez_compressed(
             arrays, index=result.index, bits_per_dim=result.per_image, standard_error=result.per_image_error
         )
-        checkpoints.write_aside(path.with_suffix(".npz"), arrays.getvalue())
-        checkpoints.write_json(path, record)
+        checkpoints.write_together(
+            {path.with_suffix(".npz"): arrays.getvalue(), path: checkpoints.to_json(record, indent=2) + "\n"}
+        )
         unfinished.remove()
     record = group.tell(record)
     assert record is not None

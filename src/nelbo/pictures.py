@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nelbo.checkpoints import write_aside
+from nelbo.checkpoints import write_together
 
 __all__ = ["grid", "npz", "png", "save", "save_interpolation", "save_samples", "strip"]
 
@@ -60,11 +60,10 @@ def npz(**arrays: Any) -> bytes:
 
 
 def save(stem: Path, files: dict[str, bytes]) -> list[Path]:
-    """STEM and an ending -> contents, each written aside and renamed; their paths."""
-    paths = [stem.with_name(stem.name + ending) for ending in files]
-    for path, content in zip(paths, files.values(), strict=True):
-        write_aside(path, content)
-    return paths
+    """STEM and an ending -> contents, written aside and, when all are, renamed; their paths."""
+    contents: dict[Path, bytes | str] = {stem.with_name(stem.name + ending): files[ending] for ending in files}
+    write_together(contents)
+    return list(contents)
 
 
 def save_samples(
