@@ -40,8 +40,8 @@ The peers are no dependencies of nelbo. diffusers comes with nelbo[ddpm]; the ot
     python benchmarks/peers.py --python jax=jax/bin/python azula=peers/bin/python \
         denoising-diffusion-pytorch=peers/bin/python --out peers.json
 
-    python benchmarks/peers.py --python denoising-diffusion-pytorch=peers/bin/python --only denoising-diffusion-pytorch \
-        denoising-diffusion-pytorch-kept --multipliers 1 2 4 8 --batch 16        (in that package's own default shape)
+    python benchmarks/peers.py --only denoising-diffusion-pytorch denoising-diffusion-pytorch-kept --size 128 \
+        --multipliers 1 2 4 8 --batch 2 --python denoising-diffusion-pytorch=peers/bin/python
 
 (``--no-deps`` leaves torchvision out, which does not import beside a torch of another index; the two use it for data
 sets and pictures only, and where it does not import, empty modules stand for it.) A peer that cannot be imported is
@@ -72,17 +72,16 @@ from nelbo.arguments import parse
 from nelbo.errors import UserError
 
 
-
 class Peer(NamedTuple):
     """The composition that a peer stands beside, its script, whose Python it shares, and what is set for it."""
 
     composition: str
     script: str
     python: str | None = None
-    environment: dict[str, str] = {}
+    environment: tuple[tuple[str, str], ...] = ()
 
 
-KEPT = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}  # what nelbo.process.keep_memory asks of glibc
+KEPT = (("MALLOC_TRIM_THRESHOLD_", "-1"), ("MALLOC_MMAP_MAX_", "0"))  # what nelbo.process.keep_memory asks of glibc
 PEERS = {
     "jax": Peer("flat", "flat_flax.py"),
     "torch": Peer("flat", "flat_torch.py"),
@@ -102,8 +101,8 @@ class Case:
     """What is measured."""
 
     python: tuple[str, ...] = ()
-    """NAME=PATH: the Python in which a peer is installed. azula's is azula-adm's too, denoising-diffusion-pytorch's that
-    of -kept. By default the one that runs this."""
+    """NAME=PATH: the Python in which a peer is installed. azula's is azula-adm's too, and denoising-diffusion-pytorch's
+    that of -kept. By default the one that runs this."""
     only: tuple[str, ...] = ()
     """Peers to measure. By default all."""
     precision: tuple[Literal["float32", "bf16"], ...] = ("float32", "bf16")
@@ -204,7 +203,7 @@ class Side:
     def __init__(self, name: str, composition: str, python: str, threads: int | None) -> None:
         self.name = name
         script = HERE / "peers" / (PEERS[name].script if name in PEERS else "ours.py")
-        environment = ENVIRONMENT | PEERS[name].environment if name in PEERS else dict(os.environ)
+        environment = ENVIRONMENT | dict(PEERS[name].environment) if name in PEERS else dict(os.environ)
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
         self.composition, self.errors = composition, tempfile.TemporaryFile("w+")

@@ -56,10 +56,13 @@ def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def documented(cls: type, where: str = "") -> Iterator[tuple[str, str]]:
-    """Every field's option and docstring, from the source of the class."""
+    """Every field's option and docstring, from the source of the class and of those it inherits from."""
     import ast
     import inspect
 
+    for base in cls.__bases__:
+        if is_dataclass(base):
+            yield from documented(base, where)
     hints = typing.get_type_hints(cls)
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
     for statement, following in zip(body, [*body[1:], None], strict=True):
@@ -710,7 +713,7 @@ def test_in_a_terminal_training_shows_a_bar_and_ctrl_c_saves(tmp_path: Path) -> 
     assert checkpoints.read_checkpoint(tmp_path / "run").step >= 30
 
 
-IDLE, BUSY = {"GOMP_SPINCOUNT": "10000"}, {"OMP_WAIT_POLICY": "PASSIVE"}
+IDLE, BUSY = {"GOMP_SPINCOUNT": "3000"}, {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,11 @@ def test_files_that_belong_together_stay_together_whichever_operation_fails(kind
         assert error is not None
         found.append({path.read_text() if path.exists() else "none" for path in (figures, images)})
         write("old")
-        assert entries(tmp_path) == {"evaluations": None, "evaluations/bound.json": b"old", "evaluations/bound.npz": b"old"}
+        assert entries(tmp_path) == {
+            "evaluations": None,
+            "evaluations/bound.json": b"old",
+            "evaluations/bound.npz": b"old",
+        }
     assert [len(texts) for texts in found].count(1) >= len(found) - 1  # all but a failure between the two renames
     assert {"old"} in found and {"new"} in found and figures.read_text() == images.read_text() == "new"
 

@@ -44,8 +44,8 @@ __all__ = [
     "sync_folder",
     "to_json",
     "write_aside",
-    "write_together",
     "write_json",
+    "write_together",
 ]
 
 FORMAT = 1
@@ -93,8 +93,9 @@ def write_together(files: dict[Path, bytes | str]) -> None:
     path = next(iter(files))
     try:
         try:
+            for folder in {path.parent for path in files}:
+                folder.mkdir(parents=True, exist_ok=True)
             for path, content in files.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
                 _write(asides[path], content.encode() if isinstance(content, str) else content)
             for path, aside in asides.items():
                 os.replace(aside, path)
@@ -103,7 +104,7 @@ def write_together(files: dict[Path, bytes | str]) -> None:
                 with contextlib.suppress(OSError):  # the first error is the one to tell
                     aside.unlink(missing_ok=True)
             raise
-        for folder in {path.parent: None for path in files}:
+        for folder in {path.parent for path in files}:
             sync_folder(folder)
     except OSError as error:
         raise cannot_write(error, path) from error

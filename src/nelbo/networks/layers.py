@@ -157,8 +157,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift = self.project(condition)
         shift = shift[:, :, None, None] if shift.ndim == 2 else shift.permute(0, 3, 1, 2)
-        h = self.conv_1(F.silu(self.norm_1(x))).add_(shift)
-        return self.conv_2(self.dropout(F.silu(self.norm_2(h)))).add_(self.shortcut(x))
+        h = self.conv_1(F.silu(self.norm_1(x))) + shift
+        return self.shortcut(x) + self.conv_2(self.dropout(F.silu(self.norm_2(h))))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from nelbo.verbs.shared import Weights, set_threads
+from nelbo.verbs.shared import Drawing, Weights, set_threads
 
 __all__ = ["Fid", "carry_out"]
 
 
-@dataclass(frozen=True)
-class Fid:
+@dataclass(frozen=True, kw_only=True)
+class Fid(Drawing):
     """The Fréchet inception distance of a run's samples, or of images, from a data set, and their inception score;
     writes RUN/evaluations/fid-*.json."""
 
@@ -42,32 +42,12 @@ class Fid:
     splits: int = 10
     """Parts of the samples: of the inception score, and of the jackknife for bias and error, which takes as many
     distances; 1 for none."""
-    method: Literal["ancestral", "ddim", "ode"] = "ancestral"
-    """Of a run's samples; the options of each as in `nelbo sample`."""
-    steps: int | None = None
-    """ancestral, ddim: steps. By default 256, or all there are between the noise levels of a table (DDPM)."""
-    spacing: Literal["even", "quadratic"] = "even"
-    """ancestral, ddim: times equally far apart, or their roots."""
-    eta: float = 0.0
-    """ddim: 0 is deterministic, 1 ancestral."""
-    variance: Literal["fixed-small", "fixed-large", "learned"] | None = None
-    """ancestral: variance of the steps. By default the model's own."""
-    clip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """ancestral, ddim: keep x_hat within the grey levels at every step, even where the model does not."""
-    rtol: float = 3e-4
-    """ode: relative tolerance per pixel, in units of the noise there."""
-    atol: float = 3e-4
-    """ode: absolute tolerance per pixel, in units of the noise there."""
     checkpoint: str = "best"
     """best, last or a step."""
     run_weights: Weights = "ema"
     """The moving average of the run's weights, or the raw ones."""
-    seed: int = 0
-    """Seed of the samples; sample k does not depend on the count."""
     batch: int | None = None
     """Images at once. By default those drawn as in `nelbo sample`, and 64 whose features are taken."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """Of the network. bf16 changes a grey level here and there and is quicker where the processor has it."""
     out: Path | None = None
     """The file to write. By default RUN/evaluations/fid-*.json, and none for images that belong to no run."""
     device: str | None = None

@@ -8,36 +8,19 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nelbo.errors import UserError
-from nelbo.verbs.shared import Run, Weights, set_threads
+from nelbo.verbs.shared import Drawing, Run, Weights, set_threads
 
 __all__ = ["Sample", "carry_out"]
 
 
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, kw_only=True)
+class Sample(Drawing):
     """Draw images from a run: RUN/samples/NAME.npz and .png, and the denoising trajectory as a strip."""
 
     run: Run
     """A run folder; or a shared model or a diffusers pipeline of a DDPM, its folder or hub id."""
     count: int = 64
     """Images."""
-    method: Literal["ancestral", "ddim", "ode"] = "ancestral"
-    """ancestral: steps of p(z_s|z_t); ddim: larger strides along the same estimates, deterministic by default; ode: the
-    probability flow, with as many evaluations as the tolerance needs."""
-    steps: int | None = None
-    """ancestral, ddim: steps. By default 256, or all there are between the noise levels of a table (DDPM)."""
-    spacing: Literal["even", "quadratic"] = "even"
-    """ancestral, ddim: times equal in t or in its root; with few steps quadratic keeps fine detail."""
-    eta: float = 0.0
-    """ddim: share of the noise, from 0, none, to 1, that of ancestral with fixed-small."""
-    variance: Literal["fixed-small", "fixed-large", "learned"] | None = None
-    """ancestral: variance of the steps (DDPM's beta~, beta, or the network's). By default the model's own."""
-    clip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """ancestral, ddim: keep x_hat within the grey levels at every step, even where the model does not."""
-    rtol: float = 3e-4
-    """ode: relative tolerance per pixel, in units of the noise there."""
-    atol: float = 3e-4
-    """ode: absolute tolerance per pixel, in units of the noise there."""
     decoding: Literal["argmax", "categorical"] = "argmax"
     """The most probable levels of p(v|z_0), or a draw of it."""
     shard: int | None = None
@@ -55,12 +38,8 @@ class Sample:
     """best, last or a step."""
     weights: Weights = "ema"
     """The moving average of the weights, or the raw ones."""
-    seed: int = 0
-    """Seed; sample k does not depend on the count."""
     batch: int | None = None
     """Images at once. By default as many as half of the free memory holds, on a CPU 256 at most."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """Of the network. bf16 changes a grey level here and there and is quicker where the processor has it."""
     trajectory: int = 8
     """ancestral, ddim: images shown on their way from noise; 0 for no strip."""
     out: Path | None = None
