@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 
-from nelbo import checkpoints
+from nelbo import checkpoints, evaluation, pictures
 from nelbo.errors import UserError
 from nelbo.logs import Log
 from nelbo.report.runs import MOST_BINS, MOST_MARKS, Thinned, read_runs
@@ -235,15 +235,45 @@ def test_files_that_belong_together_stay_together_whichever_operation_fails(kind
     found = []
     for _, error in every_fault(tmp_path, kind, lambda: write("new")):
         assert error is not None
-        found.append({path.read_text() if path.exists() else "none" for path in (figures, images)})
+        found.append([path.read_text() if path.exists() else "none" for path in (images, figures)])
         write("old")
         assert entries(tmp_path) == {
             "evaluations": None,
             "evaluations/bound.json": b"old",
             "evaluations/bound.npz": b"old",
         }
-    assert [len(texts) for texts in found].count(1) >= len(found) - 1  # all but a failure between the two renames
-    assert {"old"} in found and {"new"} in found and figures.read_text() == images.read_text() == "new"
+    mixed = [texts for texts in found if texts[0] != texts[1]]
+    assert mixed in (
+        [],
+        2 * [["new", "old"]],
+    )  # between the two renames, and then the last does not vouch for the first
+    assert ["old", "old"] in found and ["new", "new"] in found and figures.read_text() == images.read_text() == "new"
+
+
+def test_figures_and_samples_stay_with_their_arrays_on_a_full_disk(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny(training__steps=1), run, **quiet)
+    figures = evaluation.evaluate(run, evaluation.Settings(images=2, times=1)).path
+    assert figures is not None
+    stem, images = run / "samples" / "one", np.zeros((1, 1, 4, 4), np.uint8)
+    for do, last, first in (
+        (
+            lambda: evaluation.evaluate(run, evaluation.Settings(images=2, times=1)),
+            figures,
+            figures.with_suffix(".npz"),
+        ),
+        (lambda: pictures.save_samples(stem, images, 17), stem.with_suffix(".png"), stem.with_suffix(".npz")),
+    ):
+        do()
+        states = []
+        for old in (first, last):
+            old.write_text("old")
+        for _ in every_fault(last.parent, "full", do):
+            states.append([path.read_bytes() != b"old" for path in (first, last)])
+            for old in (first, last):
+                old.write_text("old")
+        assert [False, False] in states and [False, True] not in states
+        assert states.count([True, False]) <= 2  # between the two renames
 
 
 def record(step: int) -> dict[str, Any]:

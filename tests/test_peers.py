@@ -200,6 +200,19 @@ def test_sides_that_share_a_python(peers):
     assert own == {"azula": "/bin/sh", "azula-adm": "/bin/sh", **kept}
 
 
+def test_a_side_gets_its_environment_and_no_other(peers, tmp_path, monkeypatch):
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_")
+    script = tmp_path / "echo.py"
+    script.write_text(f"import json, os\nprint(json.dumps({{n: os.environ.get(n) for n in {names}}}), flush=True)\n")
+    said = []
+    for name in ("denoising-diffusion-pytorch", "denoising-diffusion-pytorch-kept"):
+        monkeypatch.setitem(peers.PEERS, name, peers.PEERS[name]._replace(script=str(script)))
+        with peers.started(name, "attention", sys.executable, None) as side:
+            answer = side.hear()
+            said.append([answer[n] for n in names])
+    assert said == [[None, None], ["-1", "0"]]
+
+
 def test_a_mistake_is_one_line_and_status_2():
     script = ROOT / "benchmarks" / "peers.py"
     found = subprocess.run([sys.executable, script, "--channels", "48"], capture_output=True, text=True, timeout=120)

@@ -88,7 +88,8 @@ def write_aside(path: Path, content: bytes | str) -> None:
 
 
 def write_together(files: dict[Path, bytes | str]) -> None:
-    """``write_aside`` of files that belong together: none is renamed into place before all are written."""
+    """``write_aside`` of one file or more that belong together: renamed into place when all are written, in the order
+    given, so that where the last is new all are."""
     asides = {path: path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in files}
     path = next(iter(files))
     try:
@@ -99,13 +100,12 @@ def write_together(files: dict[Path, bytes | str]) -> None:
                 _write(asides[path], content.encode() if isinstance(content, str) else content)
             for path, aside in asides.items():
                 os.replace(aside, path)
+                sync_folder(path.parent)
         except BaseException:
             for aside in asides.values():
                 with contextlib.suppress(OSError):  # the first error is the one to tell
                     aside.unlink(missing_ok=True)
             raise
-        for folder in {path.parent for path in files}:
-            sync_folder(folder)
     except OSError as error:
         raise cannot_write(error, path) from error
 

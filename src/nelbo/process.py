@@ -21,7 +21,7 @@ __all__ = ["choose_waiting", "keep_memory", "others"]
 BUSY = 0.25  # others that compute, per core
 LOADAVG = Path("/proc/loadavg")  # its fourth field: how many threads run or wait for a core now / how many there are
 LOOKS, PAUSE = 5, 0.004  # seconds
-SPINS = "3000"  # about ten microseconds
+SPINS = "3000"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 

@@ -16,7 +16,7 @@ __all__ = ["Fid", "carry_out"]
 @dataclass(frozen=True, kw_only=True)
 class Fid(Drawing):
     """The Fréchet inception distance of a run's samples, or of images, from a data set, and their inception score;
-    writes RUN/evaluations/fid-*.json."""
+    writes RUN/evaluations/fid-*.json. --method to --seed are of samples drawn from a run."""
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER|NPZ")]
     """A run or a shared model, of which samples are drawn now; or images: a folder of image files, or a .npz or .npy
