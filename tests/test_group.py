@@ -2,6 +2,7 @@
 dead."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from group_work import work
 from nelbo import checkpoints
 from nelbo.errors import UserError
-from nelbo.group import ALONE, LOST, join
+from nelbo.group import ALONE, LOST, Group, join
 from nelbo.stopping import TEMPORARY
 from nelbo.training import train
 from tiny import change, files, flags, metrics, tiny
@@ -230,6 +231,39 @@ def test_a_mistake_of_all_and_one_of_a_single_process_are_one_line(start: Starte
     assert [status for status, _, _ in ended] == [2, 2]
     said = "".join(said for _, _, said in ended)
     assert said.startswith("nelbo: process 1 of 2: ") and "images1.npz" in said and said.count("\n") == 1, ended
+
+
+def test_processes_that_see_other_weights_do_not_mix_their_figures(start: Started, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run0")
+    train(tiny("mulan-digits", training__evaluate_every=0, training__seed=7), tmp_path / "run1", say=str)
+    program = (
+        "import os, sys; from nelbo import cli; verb, run, *options = sys.argv[1:]; "
+        "sys.exit(cli.main([verb, run + os.environ['RANK'], '--out', run, *options]))"
+    )
+    for command in (
+        ("evaluate", tmp_path / "run", "--images", 2), ("sample", tmp_path / "run", "--count", 2, "--steps", 2),
+        ("fid", tmp_path / "run", "--extractor", "random", "--count", 4, "--steps", 2),
+    ):  # fmt: skip
+        ended = finish(start([sys.executable, "-c", program, *command], 2))
+        assert [status for status, _, _ in ended] == [2, 2], ended
+        said = "".join(said for _, _, said in ended)
+        assert "the processes see different weights of " in said and said.count("nelbo: ") == 1, said
+
+
+@pytest.mark.parametrize("how", ["close", "fail"])
+def test_the_thread_that_watches_ends_before_its_process_may(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is in a call of torch when the interpreter ends would be aborted, and the process with it."""
+    import torch.distributed as dist
+
+    def slowly(self: Group, store: Any) -> None:
+        self.over.wait()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(Group, "_watch", slowly)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    group = Group(0, 1, dist.HashStore())
+    group.close() if how == "close" else group.fail("reason", 2)
+    assert not group.watch.is_alive()
 
 
 def test_a_group_needs_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

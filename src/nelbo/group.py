@@ -45,7 +45,8 @@ class Group:
         self.ending = threading.Lock()  # whoever holds it says the last line
         self.over = threading.Event()
         if store is not None:
-            threading.Thread(target=self._watch, args=(store.clone(),), daemon=True, name="nelbo-watch").start()
+            self.watch = threading.Thread(target=self._watch, args=(store.clone(),), daemon=True, name="nelbo-watch")
+            self.watch.start()
 
     @property
     def main(self) -> bool:
@@ -110,7 +111,7 @@ class Group:
         if self.store is None or self.over.is_set():
             return
         self.wait()
-        self.over.set()
+        self._unwatch()
         self.store.add("closed", 1)
         if self.main:  # which may hold the store
             self._until(lambda: self.store.add("closed", 0) == self.count)
@@ -125,7 +126,7 @@ class Group:
             return True
         if not self.ending.acquire(blocking=False):
             threading.Event().wait(LOST)  # the thread that watches is ending this process
-        self.over.set()
+        self._unwatch()
         try:
             self.store.set(f"left/{self.rank}", f"{status} {message}")
             if self.main:
@@ -142,6 +143,11 @@ class Group:
         """Where a message to another process failed: give the thread that watches the time to find out why."""
         if self.store is not None:
             self.over.wait(2 * BEAT + 1)
+
+    def _unwatch(self) -> None:
+        """End the thread that watches. One that is in torch when the interpreter ends is aborted, and all with it."""
+        self.over.set()
+        self.watch.join(2 * BEAT + 1)
 
     def _until(self, reached: Any) -> bool:
         """Whether it was within a few seconds."""
