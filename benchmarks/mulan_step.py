@@ -83,14 +83,15 @@ def measure(case: Comparison, precision: shared.Precision) -> dict[str, Any]:
             image_channels=case.image_channels,
         )  # fmt: skip
         trainer = trainers[name] = shared.make_trainer(one, precision)
-        with shared.Recorder() as recorder:
-            trainer.take_step()
-        results[name] = {"parameters": parameters_by_part(trainer.model), "flops_per_step": recorder.flops()}
+        flops = shared.record(trainer).flops()
+        results[name] = {"parameters": parameters_by_part(trainer.model), "flops_per_step": flops}
     samples: dict[str, list[float]] = {name: [] for name in case.presets}
     for turn in range(WARM + case.repeats):
         for name, trainer in trainers.items():
+            shared.wait()
             begun = clock()
             trainer.take_step()
+            shared.wait()
             if turn >= WARM:
                 samples[name].append(clock() - begun)
     first = case.presets[0]

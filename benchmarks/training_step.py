@@ -63,7 +63,7 @@ FORMULA = (
 )
 Precision = Literal["float32", "bf16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-GEMM_SIZES = (512, 1024, 2048)
+GEMM_SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 aten = torch.ops.aten
 
 
@@ -89,6 +89,8 @@ class Case:
     """Precisions of the network, one after the other."""
     checkpointing: bool = False
     """Recompute activations in the backward pass (the sweep does both)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """training.compile: auto compiles on a GPU."""
     threads: int | None = None
     """Threads. By default torch's choice."""
     repeats: int = 7
@@ -115,7 +117,7 @@ def configure(case: Case, precision: Precision) -> Config:
         network=replace(
             config.network, channels=case.channels, levels=case.levels, groups=groups, checkpointing=case.checkpointing
         ),
-        training=replace(config.training, batch=case.batch, precision=precision),
+        training=replace(config.training, batch=case.batch, precision=precision, compile=case.compile),
     )
 
 
@@ -240,12 +242,24 @@ class Recorder(TorchDispatchMode):
         return counts | {"total": sum(counts.values())}
 
 
+def record(trainer: Trainer) -> Recorder:
+    """What a step runs. Compiled, it would run kernels that have no names: this step is not."""
+    with torch.compiler.set_stance("force_eager"), Recorder() as recorder:
+        trainer.take_step()
+    return recorder
+
+
 # Timing ---------------------------------------------------------------------------------------------------------------
+
+
+def wait() -> None:
+    """Until a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def timed(run: Callable[[], object], times: int = 1) -> float:
     """Seconds that one run takes, the mean of several."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     begun = time.perf_counter()
     for _ in range(times):
@@ -262,7 +276,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def gemms(dtype: torch.dtype, device: Any) -> dict[str, tuple[int, Callable[[], object]]]:
     """Matrix products: name -> (operations, function)."""
     runs: dict[str, tuple[int, Callable[[], object]]] = {}
-    for n in GEMM_SIZES:
+    for n in GEMM_SIZES[torch.device(device).type]:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         image = a.T.reshape(1, n, n, 1).to(memory_format=torch.channels_last)
         kernel = b.reshape(n, n, 1, 1)
@@ -289,8 +303,12 @@ def measure(case: Case, precision: Precision) -> dict[str, Any]:
     trainer = make_trainer(case, precision)
     device = trainer.accelerator.device
     trainer.take_step()
-    with Recorder() as recorder:
+    memory = None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         trainer.take_step()
+        memory = torch.cuda.max_memory_allocated()
+    recorder = record(trainer)
     flops = recorder.flops()
     alone = {c: c.runner(device) for c in recorder.convolutions}
     products = gemms(DTYPES[precision], device)
@@ -306,7 +324,7 @@ def measure(case: Case, precision: Precision) -> dict[str, Any]:
         samples.setdefault(name, []).append(value)
 
     for _ in range(case.repeats):
-        seconds = timed(trainer.take_step)
+        seconds = timed(trainer.take_step, 1 if memory is None else 5)
         times = {c: timed(run, often[c]) for c, run in alone.items()}
         rates = {name: n / timed(run, often[name]) / 1e9 for name, (n, run) in products.items()}
         peak = max(rates, key=lambda name: rates[name])
@@ -330,6 +348,7 @@ def measure(case: Case, precision: Precision) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "flops_per_step": flops,
         "gemm": best.most_common(1)[0][0],
+        "peak_bytes": memory,
         **{name: spread(values) for name, values in samples.items()},
         "convolutions": [
             {
@@ -342,22 +361,28 @@ def measure(case: Case, precision: Precision) -> dict[str, Any]:
 
 
 def profile(case: Case, precision: Precision, steps: int = 3, rows: int = 20) -> list[dict[str, Any]]:
-    """Self time by operator, ms a step, the largest first."""
+    """Self time by operator (on a GPU: of kernels there), ms a step, the largest first."""
     trainer = make_trainer(case, precision)
     for _ in range(2):
         trainer.take_step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+    activity = torch.profiler.ProfilerActivity
+    on_gpu = trainer.accelerator.device.type == "cuda"
+    with torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * on_gpu]) as profiled:
         for _ in range(steps):
             trainer.take_step()
-    averages = record.key_averages()
-    total = sum(e.self_cpu_time_total for e in averages)
-    largest = sorted(averages, key=lambda e: -e.self_cpu_time_total)[:rows]
+    averages = profiled.key_averages()
+
+    def own(event: Any) -> float:
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    total = sum(map(own, averages))
+    largest = sorted(averages, key=lambda e: -own(e))[:rows]
     return [
         {
             "operator": e.key,
             "calls": e.count / steps,
-            "ms": e.self_cpu_time_total / steps / 1e3,
-            "share": e.self_cpu_time_total / total,
+            "ms": own(e) / steps / 1e3,
+            "share": own(e) / total,
         }
         for e in largest
     ]
@@ -390,11 +415,9 @@ def measure_point(case: Case, precision: Precision) -> dict[str, Any]:
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = resident(largest=True) - before
-    with Recorder() as recorder:
-        trainer.take_step()
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "flops_per_step": recorder.flops()["total"],
+        "flops_per_step": record(trainer).flops()["total"],
         "seconds_per_step": spread(seconds),
         "peak_bytes": memory,
     }
@@ -484,6 +507,8 @@ def show_measurement(results: dict[str, dict[str, Any]]) -> str:
         ("step / GEMM peak, %", lambda r: show(r["step_over_gemm"], 100)),
         ("all convolutions' time alone / step's, %", lambda r: show(r["convolutions_share_of_time"], 100)),
     ]
+    if all(r["peak_bytes"] for r in results.values()):
+        lines.append(("memory of the GPU at the peak, MiB", lambda r: f"{r['peak_bytes'] / 2**20:.0f}"))
     rows = [[name, *(cell(r) for r in results.values())] for name, cell in lines]
     return table(["median (min..max)", *results], rows)
 

@@ -49,7 +49,7 @@ def flat_unet_flops(channels: int, levels: int, batch: int, size: int, image_cha
 
 
 def test_report(benchmark, case, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "GEMM_SIZES", (32, 64))
+    monkeypatch.setattr(benchmark, "GEMM_SIZES", {"cpu": (32, 64), "cuda": (32, 64)})
     benchmark.main(replace(case, out=tmp_path / "step.json"))
     report = json.loads((tmp_path / "step.json").read_text())
     shown = capsys.readouterr().out

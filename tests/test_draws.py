@@ -26,6 +26,28 @@ def test_numbers_do_not_depend_on_the_batch_or_its_order(kind):
     assert torch.equal(draw(Draws(5, [1, 7, 9, 3], [1, 2, 2, 0])), together.flip(0))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_numbers_are_those_of_each_examples_generator(threads):
+    """Whatever the number of threads; rows of odd length leave half-used words behind."""
+    index, number = [*range(40), 2**64 - 1, 2**63], [*range(40), 2**63, 2**64 - 1]
+    draws = Draws(2**64 - 1, index, number)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        normal, uniform, keys = (
+            draws.normal("eps", (3, 401)),
+            draws.uniform("time", (1203,)),
+            draws.keys("dropout", 1203),
+        )
+    finally:
+        torch.set_num_threads(before)
+    for row, (i, d) in enumerate(zip(index, number, strict=True)):
+        one, two, three = (generator(2**64 - 1, i, d, stream) for stream in ("eps", "time", "dropout"))
+        assert np.array_equal(normal[row], one.standard_normal((3, 401), dtype=np.float32))
+        assert np.array_equal(uniform[row], two.random(1203, dtype=np.float32))
+        assert np.array_equal(keys[row].numpy().view(np.uint64), three.bit_generator.random_raw(1203))
+
+
 def test_the_same_call_returns_the_same_numbers():
     draws = Draws(0, range(4))
     assert torch.equal(draws.normal("eps", (5,)), draws.normal("eps", (5,)))

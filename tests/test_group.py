@@ -37,11 +37,11 @@ class Started:
     def __init__(self) -> None:
         self.all: list[subprocess.Popen[str]] = []
 
-    def __call__(self, command: list[Any], count: int) -> list[subprocess.Popen[str]]:
+    def __call__(self, command: list[Any], count: int, **variables: str) -> list[subprocess.Popen[str]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        common = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+        common = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), **variables}
         group = [
             subprocess.Popen(
                 list(map(str, command)), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

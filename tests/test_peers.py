@@ -237,7 +237,7 @@ def test_a_tiny_run(peers, tmp_path, monkeypatch, capsys):
     (tmp_path / "diffusers" / "__init__.py").write_text("raise ImportError('not for this test')")
     monkeypatch.setitem(peers.ENVIRONMENT, "PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(peers, "compare_with_reference", lambda case, names, pythons: {name: [] for name in names})
-    monkeypatch.setattr(peers.shared, "GEMM_SIZES", (32,))
+    monkeypatch.setattr(peers.shared, "GEMM_SIZES", {"cpu": (32,), "cuda": (32,)})
     monkeypatch.setattr(peers.shared.torch, "set_num_threads", lambda threads: None)
     cores = os.sched_getaffinity(0)
     case = peers.Case(

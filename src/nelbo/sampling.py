@@ -19,6 +19,7 @@ from torch import Tensor
 from nelbo import checkpoints, pictures, pixels, samplers
 from nelbo.data import load
 from nelbo.data.files import read_image
+from nelbo.devices import full_float32
 from nelbo.draws import Draws
 from nelbo.errors import UserError
 from nelbo.group import ALONE, Group, joined
@@ -215,7 +216,8 @@ def draw(
     """The samples of these numbers, (n, C, H, W) uint8."""
     before, model.autocast = model.autocast, PRECISIONS[settings.precision]
     try:
-        return _drawn(model, settings, numbers, seen)
+        with full_float32():
+            return _drawn(model, settings, numbers, seen)
     finally:
         model.autocast = before
 

@@ -76,13 +76,22 @@ def initialise(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+def _mixed(h: Tensor, second: Tensor) -> Tensor:
+    """h_3 of equation (4), in the place of h_1."""
+    h.bitwise_xor_(h >> 16).mul_(second | 1)
+    return h.bitwise_xor_(h >> 15).mul_(MIX)
+
+
 def _kept(keys: Tensor, p: float, like: Tensor) -> Tensor:
     """Equation (4): 1 where an entry of ``like`` (B, ...) stays, 0 where it is dropped; keys (B,) int64."""
     entries = like[:1].numel()
     first, second = (keys << 32 >> 32).int()[:, None], (keys >> 32).int()[:, None]
-    h = torch.arange(-(-entries // 2), dtype=torch.int32, device=like.device).mul_(GOLDEN) ^ first
-    h.bitwise_xor_(h >> 16).mul_(second | 1)
-    h.bitwise_xor_(h >> 15).mul_(MIX)
+    if torch.compiler.is_compiling():  # an entry by itself, whatever lies beside it in memory: h is never written
+        i = torch.arange(entries, dtype=torch.int32, device=like.device)
+        h = _mixed((i >> 1) * GOLDEN ^ first, second)
+        bits = torch.where((i & 1).bool(), h >> 16, h << 16 >> 16).view(like.shape)
+        return (bits >= _dropped(p) - 2**15).to(like.dtype)
+    h = _mixed(torch.arange(-(-entries // 2), dtype=torch.int32, device=like.device).mul_(GOLDEN) ^ first, second)
     bits = h.view(torch.int16)[:, :entries].view(like.shape)  # uniform in -2^15 .. 2^15 - 1
     return torch.ge(bits, _dropped(p) - 2**15, out=torch.empty_like(like, memory_format=torch.contiguous_format))
 
