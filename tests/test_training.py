@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,30 @@ def test_a_compiled_network_trains_the_same(name: str, tmp_path: Path) -> None:
     for a, b in zip(eager, found, strict=True):
         assert b["bits_per_dim"] == pytest.approx(a["bits_per_dim"], rel=1e-5)
         assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["vdm", "mulan", "one-hot"])
+def test_what_is_drawn_ahead_is_what_a_step_would_draw(kind: str, tmp_path: Path) -> None:
+    """As on a GPU; parts of a batch, latents, dropout and both kinds of times."""
+    made, steps = Draws._make, []
+    for ahead in (False, True):
+        trainer = Trainer(VARIED[kind], tmp_path, load("digits"))
+        trainer.ahead = ahead
+        drawn: list[int] = []
+
+        def make(self: Draws, *request: Any, drawn: list[int] = drawn, step: Trainer = trainer) -> Any:
+            drawn.append(step.step)
+            return made(self, *request)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Draws, "_make", make)
+            bits = [trainer.take_step() for _ in range(3)]
+        steps.append((bits, [p.detach().clone() for p in trainer.model.parameters()], Counter(drawn)))
+    (bits, weights, drawn_late), (bits_ahead, weights_ahead, drawn_ahead) = steps
+    assert bits == bits_ahead and all(map(torch.equal, weights, weights_ahead))
+    requests = drawn_late[0]
+    assert drawn_late == {0: requests, 1: requests, 2: requests}
+    assert drawn_ahead == {0: 2 * requests, 1: requests, 2: requests}  # in step 0 also those of step 1, and so on
 
 
 def test_what_is_compiled_is_said_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ on the CPU in float32 and moved, so that every device sees the same ones.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,9 +40,14 @@ def _generators(seed: int, index: Sequence[int], draw: Sequence[int], stream: st
         yield one
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "nelbo-draws")
+# kind -> f(generator, shape of an example, further numbers)
+KINDS: dict[str, Callable[..., np.ndarray]] = {
+    "keys": lambda g, shape: g.bit_generator.random_raw(shape).view(np.int64),
+    "normal": lambda g, shape: g.standard_normal(shape, dtype=np.float32),
+    "uniform": lambda g, shape: g.random(shape, dtype=np.float32),
+    "gumbel": lambda g, shape: g.gumbel(size=shape),
+    "gamma": lambda g, shape, concentration: g.gamma(concentration, size=shape),
+}
 
 
 class Draws:
@@ -64,43 +67,41 @@ class Draws:
         self.index = [int(i) for i in index]
         self.draw = [int(d) for d in np.broadcast_to(np.asarray(draw, dtype=np.uint64), (len(self.index),))]
 
-    def _fill(self, values: np.ndarray, stream: str, draw: Callable[[np.random.Generator], np.ndarray]) -> Tensor:
-        """``values`` (B, ...) with what is drawn for each example: many numbers by torch's number of threads, and not
-        more than 8, while which a GPU waits."""
+        self.asked: list[tuple[Any, ...]] = []  # the requests so far: kind, stream, shape, further numbers
+        self._made: dict[tuple[Any, ...], np.ndarray] = {}
 
-        def rows(start: int, stop: int) -> None:
-            generators = _generators(self.seed, self.index[start:stop], self.draw[start:stop], stream)
-            for row, one in enumerate(generators, start):
-                values[row] = draw(one)
+    def prepare(self, asked: Sequence[tuple[Any, ...]]) -> None:
+        """Draw now what others were ``asked``, and these will be too: a device may be at work meanwhile."""
+        self._made = {request: self._make(*request) for request in asked}
 
-        threads = min(torch.get_num_threads(), 8, values.size // 2**14)
-        if threads > 1:
-            cuts = [len(values) * i // threads for i in range(threads + 1)]
-            list(_pool(threads).map(rows, cuts, cuts[1:]))
-        else:
-            rows(0, len(values))
-        return torch.from_numpy(values).to(self.device)
+    def _make(self, kind: str, stream: str, shape: Sequence[int], *numbers: float) -> np.ndarray:
+        values = np.empty((len(self.index), *shape), dtype=np.int64 if kind == "keys" else np.float32)
+        for row, one in enumerate(_generators(self.seed, self.index, self.draw, stream)):
+            values[row] = KINDS[kind](one, shape, *numbers)
+        return values
 
-    def _each(self, stream: str, shape: Sequence[int], draw: Callable[[np.random.Generator], np.ndarray]) -> Tensor:
-        return self._fill(np.empty((len(self.index), *shape), dtype=np.float32), stream, draw)
+    def _take(self, kind: str, stream: str, shape: Sequence[int], *numbers: float) -> Tensor:
+        request: tuple[Any, ...] = (kind, stream, tuple(shape), *numbers)
+        self.asked.append(request)
+        values = self._made.pop(request, None)
+        return torch.from_numpy(self._make(*request) if values is None else values).to(self.device)
 
     def keys(self, stream: str, count: int) -> Tensor:
         """``count`` keys an example for generators on a device: any whole numbers of 64 bits, (B, count), int64."""
-        values = np.empty((len(self.index), count), dtype=np.int64)
-        return self._fill(values, stream, lambda g: g.bit_generator.random_raw(count).view(np.int64))
+        return self._take("keys", stream, (count,))
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers."""
-        return self._each(stream, shape, lambda g: g.standard_normal(shape, dtype=np.float32))
+        return self._take("normal", stream, shape)
 
     def uniform(self, stream: str, shape: Sequence[int] = ()) -> Tensor:
         """Uniform numbers in [0, 1)."""
-        return self._each(stream, shape, lambda g: g.random(shape, dtype=np.float32))
+        return self._take("uniform", stream, shape)
 
     def gumbel(self, stream: str, shape: Sequence[int]) -> Tensor:
         """Standard Gumbel numbers, -log(-log u)."""
-        return self._each(stream, shape, lambda g: g.gumbel(size=shape))
+        return self._take("gumbel", stream, shape)
 
     def gamma(self, stream: str, concentration: float, shape: Sequence[int]) -> Tensor:
         """Gamma numbers of scale 1."""
-        return self._each(stream, shape, lambda g: g.gamma(concentration, size=shape))
+        return self._take("gamma", stream, shape, concentration)

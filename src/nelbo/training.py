@@ -62,17 +62,34 @@ class Loss(nn.Module):
         if o.loss != "bound":
             hybrid = o.hybrid if o.loss == "hybrid" else 0.0
             self.weighting = Weighting(o.norm, o.weight, o.min_snr, o.p2_k, o.p2_gamma, hybrid)
+        self.prepared: dict[tuple[int, int, int], tuple[Draws, Draws]] = {}  # by step and part
+        self.asked: tuple[list[Any], list[Any]] = [], []  # of the last part
+
+    def draws(self, index: np.ndarray, step: int) -> tuple[Draws, Draws]:
+        """Random numbers of the examples ``index`` of a step: those of the images, and those of the times."""
+        config, device = self.config, self.model.device
+        # Stratified times share one shift, that of the step; independent ones have their own.
+        keys = index if config.objective.times == "uniform" else [step] * len(index)
+        seed = config.training.seed
+        return Draws(seed, index, 0, device), Draws(seed, keys, 0, device)
+
+    def prepare(self, index: np.ndarray, part: slice, step: int) -> None:
+        """Draw ahead what a part of a step will ask for, which is what the last part did."""
+        drawn = self.draws(index, step)
+        for draws, asked in zip(drawn, self.asked, strict=True):
+            draws.prepare(asked)
+        self.prepared[step, part.start, part.stop] = drawn
 
     def forward(self, batch: Batch, part: slice, step: int) -> Terms:
         """Terms of ``batch``, which is that part of the whole batch of this step."""
         config, device = self.config, self.model.device
-        seed, size = config.training.seed, config.training.batch
-        draws = Draws(seed, batch.index, 0, device)
+        size = config.training.batch
+        drawn = self.prepared.pop((step, part.start, part.stop), None) or self.draws(batch.index, step)
+        draws, of_times = drawn
+        self.asked = draws.asked, of_times.asked
         key_dropout(self.model, draws)
         positions = torch.arange(size, device=device)[part]
-        # Stratified times share one shift, that of the step; independent ones have their own.
-        keys = batch.index if config.objective.times == "uniform" else [step] * len(positions)
-        u = Draws(seed, keys, 0, device).uniform("time")
+        u = of_times.uniform("time")
         labels = None if batch.labels is None else torch.from_numpy(batch.labels).to(device)
         flag = torch.from_numpy(batch.flag).to(device)
         images = torch.from_numpy(np.ascontiguousarray(batch.images)).to(device)
@@ -135,6 +152,8 @@ class Trainer:
                 shard(whole_module, model.network, device)
         groups = parameter_groups(self.model, o, noise_parameters(self.model))
         optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta_1, o.beta_2), eps=o.eps, fused=True)
+        self.prepare = loss.prepare
+        self.ahead = device.type != "cpu"  # numbers of the next step are drawn while the device is at work
         self.loss: Any = loss
         self.optimizer: Any = optimizer
         if not self.sharded:
@@ -186,7 +205,9 @@ class Trainer:
                 if isinstance(layer, nn.Conv2d):
                     layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
         assert isinstance(self.model.network, nn.Module)
-        self.model.network.compile(dynamic=False)
+        # Without being told so, inductor leaves some layers' images as they are, and cuDNN copies them.
+        options: dict[str, Any] = {"force_layout_optimization": True} if device.type == "cuda" else {}
+        self.model.network.compile(dynamic=False, options=options)
 
     def averaged(self) -> DiffusionModel:
         """The model with averaged weights, whole in every process. All of them must ask."""
@@ -329,10 +350,10 @@ class Trainer:
         size = training.batch // self.parts
         names = (*TERMS, *self.added)
         sums = torch.zeros(len(names), device=self.accelerator.device)
-        for part in range(training.accumulate):
-            start = (part * self.processes + first) * size
-            mine = slice(start, start + size)
-            last = part == training.accumulate - 1  # where processes exchange their gradients
+        starts = [(part * self.processes + first) * size for part in range(training.accumulate)]
+        own = [slice(start, start + size) for start in starts]
+        for mine in own:
+            last = mine == own[-1]  # where processes exchange their gradients
             with self.attention(), self.exchanging(last):
                 terms = self.loss(self.batches.batch_at(self.step, mine), mine, self.step)
                 loss = terms.loss + (config.objective.latent_weight - 1) * terms.latent
@@ -342,6 +363,9 @@ class Trainer:
         sums = self.accelerator.reduce(sums, "sum") / training.batch
         parameters: list[Tensor] = list(self.model.parameters())
         norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if self.ahead:
+            for mine in own:
+                self.prepare(self.batches.index_at(self.step + 1, mine), mine, self.step + 1)
         values = torch.cat((sums, norm.reshape(1).to(sums.dtype))).tolist()  # the only wait for the device in a step
         figures = dict(zip((*names, "gradient_norm"), values, strict=True))
         for name in names:

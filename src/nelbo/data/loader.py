@@ -64,9 +64,13 @@ class Batches:
         self.augment = AUGMENTATIONS[augment]
         self.epochs: dict[int, np.ndarray] = {}  # the permutations that the last batch used
 
+    def index_at(self, step: int, part: slice = slice(None)) -> np.ndarray:
+        """The numbers of that batch's examples, or a part of them: how many there were before, int64."""
+        return step * self.batch + np.arange(self.batch, dtype=np.int64)[part]
+
     def batch_at(self, step: int, part: slice = slice(None)) -> Batch:
         """Batch number ``step``, counted from 0, or a part of it: the same call always returns the same images."""
-        index = step * self.batch + np.arange(self.batch, dtype=np.int64)[part]
+        index = self.index_at(step, part)
         count = len(self.images)
         epoch, place = np.divmod(index, count)
         epochs = range(int(epoch[0]), int(epoch[-1]) + 1)
