@@ -283,10 +283,11 @@ class LinearAttention(Attention):
         (batch, _, _, channels), heads, features = x.shape, self.heads, self.features
         n = self.norm(x).flatten(1, 2)
         of_q, of_k, of_v = self.qkv.weight.split(heads * features)
-        q = torch.softmax(_wide(F.linear(n, of_q)).unflatten(-1, (heads, features)), -1).flatten(2).to(n.dtype)
+        q = F.linear(n, of_q).unflatten(-1, (heads, features))
+        q = torch.ops.aten._softmax(q, -1, False).flatten(2)  # in float32 inside; autocast would write that to memory
         k, memory = F.linear(n, of_k), self.memory
         top = torch.maximum(k.detach().amax(1), memory[0].detach().amax(1).flatten())[:, None]  # (B, 1, heads E)
-        weights = torch.exp(_wide(k) - top)
+        weights = _wide(k).sub_(top).exp_()
         # (B, heads, 4, E): weights of the learned keys
         extra = torch.exp(memory[0] - top.reshape(batch, heads, 1, features))
         total = weights.sum(1, dtype=extra.dtype).reshape(batch, heads, features) + extra.sum(2)
