@@ -4,7 +4,7 @@ BIN = .venv/bin
 INSTALLED = .venv/.installed
 DEMO = runs/demo
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-gpu lint format clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,9 @@ test: $(INSTALLED)  ## everything but the tests marked slow: minutes, on two cor
 
 test-slow: $(INSTALLED)  ## the slow ones too
 	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: $(INSTALLED)  ## those that need a GPU, where there is one
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(INSTALLED)  ## style, formatting, types
 	$(BIN)/ruff check .

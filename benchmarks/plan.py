@@ -39,7 +39,7 @@ import tyro
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from training_step import Recorder, table
+from training_step import Case, Recorder, configure, table
 
 from nelbo.compose import build_model, parameters_by_part
 from nelbo.config import Config, ObjectiveConfig, from_dict, to_dict
@@ -105,6 +105,8 @@ class Options:
     """Of its float32 peak that they reach in evaluations."""
     out: Path | None = None
     """A Markdown file: what stands between <!-- plan --> and <!-- end plan --> is replaced."""
+    measured: tuple[Path, ...] = ()
+    """In place of all that: reports of `training_step.py --precision bf16` on such a GPU, beside their plans."""
 
 
 # Counting -------------------------------------------------------------------------------------------------------------
@@ -341,6 +343,28 @@ def show_theirs(share: float, launch: float) -> str:
     return table(["preset", "theirs", *(f"days on as many {gpu.name}" for gpu in GPUS.values())], rows)
 
 
+def show_measured(paths: Sequence[Path], gpu: GPU, share: float, launch: float) -> str:
+    """Steps that were measured on one GPU, beside their plans."""
+    rows = []
+    for path in paths:
+        found = json.loads(path.read_text())
+        if "bf16" not in found.get("results", {}):
+            raise SystemExit(f"{path} must be a report of training_step.py --precision bf16, of a step")
+        case = Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in found["case"].items()})
+        c, real = counts(configure(case, "bf16")), found["results"]["bf16"]
+        planned = plan(c, case.batch, 1, gpu, share, launch)
+        seconds, peak = real["seconds_per_step"], real["peak_bytes"]
+        rows.append([
+            f"{case.preset}, {case.channels} channels, {case.levels} levels, batch {case.batch}", case.compile,
+            found["machine"]["device"], "-" if planned is None else f"{1e3 * planned.step:.0f}",
+            f"{1e3 * seconds['median']:.0f} ({1e3 * seconds['min']:.0f}..{1e3 * seconds['max']:.0f})",
+            "-" if planned is None else f"{seconds['median'] / planned.step:.1f}",
+            "-" if planned is None else f"{planned.memory / 1e9:.1f}", "-" if peak is None else f"{peak / 1e9:.1f}",
+        ])  # fmt: skip
+    header = ["step", "compile", "measured on", "ms planned", "ms measured", "ratio", "GB planned", "GB measured"]
+    return table(header, rows)
+
+
 def alike(names: Sequence[str]) -> list[str]:
     """The first of presets that cost the same."""
     costs = {}
@@ -412,6 +436,10 @@ def write(path: Path, text: str) -> None:
 
 def main(options: Options) -> None:
     """Print the tables, and write them where it was asked for."""
+    if options.measured:
+        gpu, launch = GPUS[options.gpu], 1e-6 * options.launch
+        print(show_measured(options.measured, gpu, options.share, launch))
+        return
     text = report(options)
     print(text)
     if options.out is not None:

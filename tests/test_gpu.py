@@ -16,7 +16,7 @@ from group_work import work
 from nelbo import checkpoints, cli, evaluation, fid, sampling
 from nelbo.config import Config
 from nelbo.devices import full_float32
-from nelbo.memory import Live, free_memory, most_rows
+from nelbo.memory import SHARE, Live, free_memory, most_rows
 from nelbo.networks.layers import Dropout
 from nelbo.training import Trainer, train
 from test_group import HERE, Started, finish, start  # noqa: F401
@@ -132,7 +132,7 @@ def figures(run: Path, device: str, out: Path, **settings: Any) -> evaluation.Ev
     [
         ({"images": 19, "times": 3}, 1e-5),
         ({"method": "ode", "images": 8}, 2e-4),
-        ({"method": "ode", "images": 4, "solver": "bosh3", "rtol": 0.01, "atol": 0.01, "trace": "exact"}, 1e-3),
+        ({"method": "ode", "images": 2, "solver": "bosh3", "rtol": 0.03, "atol": 0.03, "trace": "exact"}, 1e-3),
     ],
     ids=["bound", "ode", "exact-trace"],
 )
@@ -184,8 +184,8 @@ def test_batches_fit_into_the_gpus_memory() -> None:
     assert free_memory("cuda") - with_reserve >= 2**30
 
 
-def test_what_is_counted_is_what_the_gpu_holds(tmp_path: Path) -> None:
-    """Activations of a training step as Live counts them against the allocator's own peak."""
+def test_what_is_counted_leaves_room_for_what_the_gpu_holds(tmp_path: Path) -> None:
+    """Live does not see what libraries need inside an operation; half of the memory is left for that."""
     from nelbo.data import load
 
     config = tiny("vdm-digits", **FULL, network__channels=64, network__levels=4, network__groups=16, training__batch=64)
@@ -196,14 +196,15 @@ def test_what_is_counted_is_what_the_gpu_holds(tmp_path: Path) -> None:
     before = torch.cuda.memory_allocated()
     with Live() as live:
         trainer.take_step()
-    assert live.most == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.1)
+    held = torch.cuda.max_memory_allocated() - before
+    assert 0.95 * live.most < held < live.most / SHARE
 
 
 def test_too_large_a_batch_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     free = torch.cuda.mem_get_info()[0]
     hog = torch.empty(free - 2**28, dtype=torch.uint8, device="cuda")
     try:
-        status = cli.main(["evaluate", str(run), "--batch", "200000", "--times", "64", "--device", "cuda"])
+        status = cli.main(["evaluate", str(run), "--batch", "400000", "--times", "512", "--device", "cuda"])
     finally:
         del hog
         torch.cuda.empty_cache()
