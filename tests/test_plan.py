@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -129,3 +130,25 @@ def test_the_page_holds_what_is_printed(plan, tmp_path):
     copy.write_text("no marks")
     with pytest.raises(SystemExit, match="needs the lines"):
         plan.write(copy, "new")
+
+
+def test_a_measured_step_stands_beside_its_plan(plan, tmp_path):
+    case = {"preset": "vdm-cifar10", "channels": 64, "levels": 1, "batch": 4, "size": 32, "compile": "off",
+            "precision": ["bf16"], "out": None}  # fmt: skip
+    real = {"seconds_per_step": {"median": 0.2, "min": 0.1, "max": 0.34}, "peak_bytes": 2_460_000_000}
+    found = {"case": case, "machine": {"device": "a GPU"}, "results": {"bf16": real}}
+    path = tmp_path / "step.json"
+    path.write_text(json.dumps(found))
+    gpu = plan.GPUS["h100"]
+    counts = plan.counts(plan.configure(plan.Case(channels=64, levels=1), "bf16"))
+    expected = plan.plan(counts, 4, 1, gpu, 0.4, 1e-3)
+    assert expected is not None and expected.limit == "launches"
+    *_, row = plan.show_measured([path], gpu, 0.4, 1e-3).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "vdm-cifar10, 64 channels, 1 levels, batch 4", "off", "a GPU", f"{1e3 * expected.step:.0f}", "200 (100..340)",
+        f"{0.2 / expected.step:.1f}", f"{expected.memory / 1e9:.1f}", "2.5",
+    ]  # fmt: skip
+    path.write_text(json.dumps({"sweep": {}}))
+    with pytest.raises(SystemExit, match=r"must be a report of training_step.py --precision bf16"):
+        plan.show_measured([path], gpu, 0.4, 1e-3)
