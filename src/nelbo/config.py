@@ -231,7 +231,8 @@ class TrainingConfig:
     accumulate: int = 1
     """Parts into which a batch is split to save memory."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Arithmetic of the denoiser in training; losses and evaluation are float32 always."""
+    """Arithmetic of the denoiser in training; losses and evaluation are float32 always. In training, float32
+    convolutions of a GPU round what they multiply to TF32, which is torch's choice."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the denoiser for training, its images with channels last. It takes minutes at every start, and on a CPU a
     C++ compiler. auto: on a GPU, where weights are not sharded and no second order is asked for."""

@@ -66,7 +66,6 @@ class Draws:
         self.seed, self.device = int(seed), device
         self.index = [int(i) for i in index]
         self.draw = [int(d) for d in np.broadcast_to(np.asarray(draw, dtype=np.uint64), (len(self.index),))]
-
         self.asked: list[tuple[Any, ...]] = []  # the requests so far: kind, stream, shape, further numbers
         self._made: dict[tuple[Any, ...], np.ndarray] = {}
 
