@@ -324,7 +324,7 @@ def measure(case: Case, precision: Precision) -> dict[str, Any]:
         samples.setdefault(name, []).append(value)
 
     for _ in range(case.repeats):
-        seconds = timed(trainer.take_step, 1 if memory is None else 5)
+        seconds = timed(trainer.take_step, 1 if memory is None else 5)  # a GPU's in a row, as in training
         times = {c: timed(run, often[c]) for c, run in alone.items()}
         rates = {name: n / timed(run, often[name]) / 1e9 for name, (n, run) in products.items()}
         peak = max(rates, key=lambda name: rates[name])

@@ -1,10 +1,11 @@
 """On a GPU: the same numbers as on the CPU, the public code's numbers, and what is only there: compiled bf16 training,
 memory that batches are fitted to, NCCL. `pytest -m gpu`."""
 
-import json
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from nelbo.devices import full_float32
 from nelbo.memory import SHARE, Live, free_memory, most_rows
 from nelbo.networks.layers import Dropout
 from nelbo.training import Trainer, train
-from test_group import HERE, Started, finish, start  # noqa: F401
+from test_group import HERE, Started, finish, start, the_same_work  # noqa: F401
 from test_reference import FILES
 from test_reference import test_case as public_case
-from tiny import change, files, flags, metrics, tiny
+from tiny import change, flags, metrics, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +32,15 @@ pytestmark = [
 ]
 FULL = {"training__compile": "off", "training__log_every": 1}
 quiet: dict[str, Any] = {"say": lambda message: None}
+
+
+@contextlib.contextmanager
+def on_the_gpu() -> Iterator[None]:
+    """Fails where nothing inside took the GPU's memory."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    yield
+    assert torch.cuda.max_memory_allocated() > before
 
 
 def train_on_cpu(config: Config, run: Path) -> None:
@@ -54,8 +64,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.timeout(1800)
 def test_the_public_codes_numbers(path: Path) -> None:
-    with torch.device("cuda"), full_float32():
-        public_case(path)
+    with on_the_gpu(), torch.device("cuda"), full_float32():
+        public_case(path)  # asserts every number of the case
 
 
 def test_dropout_drops_the_same_entries() -> None:
@@ -243,14 +253,7 @@ def test_figures_of_two_processes_on_one_gpu_are_exactly_those_of_one(
     command = [sys.executable, HERE / "group_work.py", run, tmp_path / "two", "cuda:0"]
     ended = finish(start(command, 2, CUDA_VISIBLE_DEVICES="0"))
     assert [status for status, _, _ in ended] == [0, 0], ended
-    for rank in range(2):
-        with np.load(tmp_path / "two" / f"found-{rank}.npz") as found:
-            for name, values in expected.items():
-                np.testing.assert_array_equal(found[name], values, err_msg=name)
-    one, two = files(tmp_path / "one"), files(tmp_path / "two")
-    for name, content in one.items():
-        if name.endswith((".npz", ".png")):
-            assert two[name] == content, name
+    the_same_work(expected, tmp_path / "one", tmp_path / "two", 2)
 
 
 def test_a_gpu_that_is_not_there_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,6 +262,5 @@ def test_a_gpu_that_is_not_there_is_one_line(run: Path, capsys: pytest.CaptureFi
 
 
 def test_the_command_uses_the_gpu_by_default(run: Path, tmp_path: Path) -> None:
-    assert cli.main(["evaluate", str(run), "--images", "4", "--out", str(tmp_path)]) == 0
-    (record,) = tmp_path.rglob("*.json")
-    assert "bits_per_dim" in json.loads(record.read_text())
+    with on_the_gpu():
+        assert cli.main(["evaluate", str(run), "--images", "4", "--out", str(tmp_path)]) == 0

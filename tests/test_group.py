@@ -80,6 +80,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tiny("mulan-digits", training__evaluate_every=0), tmp_path_factory.mktemp("one") / "run", say=str)
 
 
+def the_same_work(expected: dict[str, Any], one: Path, several: Path, count: int) -> None:
+    """What so many processes found and wrote of ``work`` is, to the last bit, what one did."""
+    for rank in range(count):
+        with np.load(several / f"found-{rank}.npz") as found:
+            assert set(found) == set(expected)
+            for name, values in expected.items():
+                np.testing.assert_array_equal(found[name], values, err_msg=name)
+    ours, theirs = files(one), files(several)
+    assert set(theirs) - set(ours) == {f"found-{rank}.npz" for rank in range(count)}
+    assert set(ours) <= set(theirs)
+    for name, content in ours.items():
+        if name.endswith((".npz", ".png")):
+            assert theirs[name] == content, name
+
+
 def test_figures_and_samples_of_several_processes_are_exactly_those_of_one(
     start: Started, run: Path, tmp_path: Path
 ) -> None:
@@ -95,17 +110,7 @@ def test_figures_and_samples_of_several_processes_are_exactly_those_of_one(
         torch.set_num_threads(before)
     ended = finish(start([sys.executable, HERE / "group_work.py", run, tmp_path / "three"], 3))
     assert [status for status, _, _ in ended] == [0, 0, 0], ended
-    for rank in range(3):
-        with np.load(tmp_path / "three" / f"found-{rank}.npz") as found:
-            assert set(found) == set(expected)
-            for name, values in expected.items():
-                np.testing.assert_array_equal(found[name], values, err_msg=name)
-    one, three = files(tmp_path / "one"), files(tmp_path / "three")
-    assert set(three) - set(one) == {f"found-{rank}.npz" for rank in range(3)}
-    assert set(one) <= set(three)
-    for name, content in one.items():
-        if name.endswith((".npz", ".png")):
-            assert three[name] == content, name
+    the_same_work(expected, tmp_path / "one", tmp_path / "three", 3)
 
 
 def losses(folder: Path) -> list[tuple[float, float]]:

@@ -84,8 +84,8 @@ class Loss(nn.Module):
         """Terms of ``batch``, which is that part of the whole batch of this step."""
         config, device = self.config, self.model.device
         size = config.training.batch
-        drawn = self.prepared.pop((step, part.start, part.stop), None) or self.draws(batch.index, step)
-        draws, of_times = drawn
+        key = step, part.start, part.stop
+        draws, of_times = self.prepared.pop(key) if key in self.prepared else self.draws(batch.index, step)
         self.asked = draws.asked, of_times.asked
         key_dropout(self.model, draws)
         positions = torch.arange(size, device=device)[part]
