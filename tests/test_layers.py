@@ -7,7 +7,7 @@ from torch import nn
 
 from nelbo.draws import Draws
 from nelbo.networks import DiffusersUNet
-from nelbo.networks.layers import Dropout, Pointwise, attend, key_dropout
+from nelbo.networks.layers import Dropout, Shortcut, attend, key_dropout
 from nelbo.networks.unet import Level
 
 
@@ -171,13 +171,13 @@ def test_attention_in_bf16_follows_float32():
         assert float((b.grad.float() - a.grad).norm() / a.grad.norm()) < 0.03
 
 
-def test_a_pointwise_convolution_is_a_convolution():
+def test_a_shortcut_is_a_convolution_beside_another():
     torch.manual_seed(0)
-    layer, x = Pointwise(6, 4).double(), torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
-    nn.init.normal_(layer.bias)
-    given = (x, layer.weight, layer.bias)
+    layer, beside = Shortcut(6, 4).double(), nn.Conv2d(4, 4, 3, padding=1).double()
+    x, h = (torch.randn(2, c, 3, 5, dtype=torch.float64, requires_grad=True) for c in (6, 4))
+    given = (x, layer.weight, layer.bias, h, beside.weight, beside.bias)
     results = []
-    for y in (layer(x), torch.conv2d(*given)):
+    for y in (layer.beside(x, beside, h), torch.conv2d(*given[:3]) + torch.conv2d(*given[3:], padding=1)):
         results.append([y, *torch.autograd.grad((y**2).sum(), given)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -150,6 +150,8 @@ class Trainer:
             for whole_module, model in ((loss, self.model), (self.ema, self.ema)):
                 assert isinstance(model.network, nn.Module)
                 shard(whole_module, model.network, device)
+        self.parameters: list[Tensor] = list(self.model.parameters())
+        self.averages: list[Tensor] = list(self.ema.parameters())
         groups = parameter_groups(self.model, o, noise_parameters(self.model))
         optimizer = torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta_1, o.beta_2), eps=o.eps, fused=True)
         self.prepare = loss.prepare
@@ -314,7 +316,7 @@ class Trainer:
     def memory(self) -> dict[str, int]:
         """Bytes of weights and activations in this process; of weights alone where it holds a part."""
         if self.sharded:
-            held = sum(rows(p).numel() * p.element_size() for p in self.model.parameters())
+            held = sum(rows(p).numel() * p.element_size() for p in self.parameters)
             return {"weights": 4 * held}
         loss, part = Loss(self.model, self.config), self.config.training.batch // self.parts
 
@@ -342,7 +344,8 @@ class Trainer:
         """One optimizer step; adds its figures to the window and returns its bits/dim (valid latent charge)."""
         begun, config, training = time.perf_counter(), self.config, self.config.training
         first = self.group.rank
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         factor = learning_rate_factor(self.step, config.optimizer, training.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -361,8 +364,7 @@ class Trainer:
                 self.accelerator.backward(pixels.bits_per_dim(mean, self.model.dimensions))
             sums += torch.stack([getattr(terms, name).detach().sum() for name in names])
         sums = self.accelerator.reduce(sums, "sum") / training.batch
-        parameters: list[Tensor] = list(self.model.parameters())
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if self.ahead:
             for mine in own:
                 self.prepare(self.batches.index_at(self.step + 1, mine), mine, self.step + 1)
@@ -373,9 +375,9 @@ class Trainer:
                 figures[name] = pixels.bits_per_dim(figures[name], self.model.dimensions)
         self.check_finite(figures)
         if config.optimizer.clip and figures["gradient_norm"] > config.optimizer.clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.optimizer.clip, norm)
         self.optimizer.step()
-        update_ema(list(self.ema.parameters()), parameters, config.optimizer.ema)
+        update_ema(self.averages, self.parameters, config.optimizer.ema)
         self.step += 1
         for name, value in {"steps": 1, "seconds": time.perf_counter() - begun, **figures}.items():
             self.window[name] += value

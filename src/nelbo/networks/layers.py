@@ -13,6 +13,7 @@ branch at 0.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,22 +79,28 @@ def initialise(module: nn.Module) -> None:
 
 def _mixed(h: Tensor, second: Tensor) -> Tensor:
     """h_3 of equation (4), in the place of h_1."""
-    h.bitwise_xor_(h >> 16).mul_(second | 1)
-    return h.bitwise_xor_(h >> 15).mul_(MIX)
+    shifted = h >> 16
+    h.bitwise_xor_(shifted).mul_(second | 1)
+    return h.bitwise_xor_(torch.bitwise_right_shift(h, 15, out=shifted)).mul_(MIX)
 
 
-def _kept(keys: Tensor, p: float, like: Tensor) -> Tensor:
-    """Equation (4): 1 where an entry of ``like`` (B, ...) stays, 0 where it is dropped; keys (B,) int64."""
+def _mask(keys: Tensor, p: float, like: Tensor, scale: float) -> Tensor:
+    """Equation (4): ``scale`` where an entry of ``like`` (B, ...) stays, 0 where it is dropped; keys (B,) int64."""
     entries = like[:1].numel()
     first, second = (keys << 32 >> 32).int()[:, None], (keys >> 32).int()[:, None]
     if torch.compiler.is_compiling():  # an entry by itself, whatever lies beside it in memory: h is never written
         i = torch.arange(entries, dtype=torch.int32, device=like.device)
         h = _mixed((i >> 1) * GOLDEN ^ first, second)
         bits = torch.where((i & 1).bool(), h >> 16, h << 16 >> 16).view(like.shape)
-        return (bits >= _dropped(p) - 2**15).to(like.dtype)
+        return (bits >= _dropped(p) - 2**15).to(like.dtype) * scale
     h = _mixed(torch.arange(-(-entries // 2), dtype=torch.int32, device=like.device).mul_(GOLDEN) ^ first, second)
     bits = h.view(torch.int16)[:, :entries].view(like.shape)  # uniform in -2^15 .. 2^15 - 1
-    return torch.ge(bits, _dropped(p) - 2**15, out=torch.empty_like(like, memory_format=torch.contiguous_format))
+    if like.element_size() == 2:  # the scale's own 16 bits or none, without a conversion of every entry
+        word = torch.tensor(scale, dtype=like.dtype).view(torch.int16).item()
+        kept = torch.ge(bits, _dropped(p) - 2**15, out=torch.empty_like(bits, memory_format=torch.contiguous_format))
+        return kept.mul_(word).view(like.dtype)
+    kept = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return torch.ge(bits, _dropped(p) - 2**15, out=kept).mul_(scale)
 
 
 def _dropped(p: float) -> int:
@@ -113,16 +120,16 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
-        return x * self.mask(x).mul_(1 / (1 - _dropped(self.p) / 2**16))
+        return x * self.mask(x, 1 / (1 - _dropped(self.p) / 2**16))
 
-    def mask(self, x: Tensor) -> Tensor:
-        """1 where an entry of x (B, ...) stays, 0 where it is dropped."""
+    def mask(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """``scale`` where an entry of x (B, ...) stays, 0 where it is dropped."""
         if self.keys is None:
             key = torch.empty(1, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-            return _kept(key, self.p, x[None])[0]
+            return _mask(key, self.p, x[None], scale)[0]
         if len(self.keys) != len(x):
             raise ValueError(f"dropout has the keys of {len(self.keys)} examples, got {len(x)}")
-        return _kept(self.keys, self.p, x)
+        return _mask(self.keys, self.p, x, scale)
 
 
 def key_dropout(model: nn.Module, draws: Draws | None) -> None:
@@ -134,18 +141,51 @@ def key_dropout(model: nn.Module, draws: Draws | None) -> None:
         layer.keys = None if keys is None else keys[i]
 
 
-class Pointwise(nn.Conv2d):
-    """A 1x1 convolution; on a CPU one matrix product an image, which is a tenth faster, forward and backward."""
+class _AddedProduct(torch.autograd.Function):
+    """h + K x at every pixel: (B, O, N), (O, I), (B, I, H, W) -> (B, O, N). torch's own gradient of x, a view of a
+    product, cannot take up the gradient by x's other way in its place, and that of K turns the larger of two tensors
+    around."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, kernel: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(kernel, x)
+        return torch.baddbmm(h, kernel.expand(len(x), -1, -1), x.flatten(2))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kernel, x = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_kernel = (x.flatten(2) @ gradient.mT).sum(0).T
+        turned = kernel.T.contiguous().expand(len(x), -1, -1)
+        if torch.is_grad_enabled():  # a derivative of the derivative is wanted
+            return gradient, of_kernel, (turned @ gradient).view_as(x)
+        of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.bmm(turned, gradient, out=of_x.flatten(2))
+        return gradient, of_kernel, of_x
+
+
+class Shortcut(nn.Conv2d):
+    """A 1x1 convolution and, ``beside`` another, its sum with that. On a CPU this is one matrix product an image, which
+    is a tenth faster, forward and backward, and adds to what is there; its bias goes with the other's, whose gradient
+    costs nothing."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def beside(self, x: Tensor, other: nn.Conv2d, h: Tensor) -> Tensor:
+        """This of x (B, inputs, H, W) plus ``other`` of h."""
         if x.device.type != "cpu":
-            return super().forward(x)
-        assert self.bias is not None
-        kernel = self.weight.flatten(1).to(x.dtype).expand(len(x), -1, -1)
-        return torch.baddbmm(self.bias[:, None], kernel, x.flatten(2)).unflatten(2, x.shape[2:])
+            return self(x) + other(h)
+        assert self.bias is not None and other.bias is not None
+        h = F.conv2d(h, other.weight, self.bias + other.bias, other.stride, other.padding)
+        return _AddedProduct.apply(h.flatten(2), self.weight.flatten(1).to(h.dtype), x.to(h.dtype)).view_as(h)
+
+
+def float32_vectors(condition: Tensor) -> Any:
+    """A context without autocast where ``condition`` is one vector an image, (B, E): its products are small, and take
+    longer in 16 bits."""
+    device = condition.device.type
+    return torch.autocast(device, enabled=condition.ndim > 2 and torch.is_autocast_enabled(device))
 
 
 class ResidualBlock(nn.Module):
@@ -160,14 +200,21 @@ class ResidualBlock(nn.Module):
         self.project = zero(nn.Linear(condition, outputs, bias=False))
         self.norm_2 = norm(outputs, groups, eps)
         self.dropout = Dropout(dropout)
-        self.conv_2 = zero(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.shortcut = Pointwise(inputs, outputs) if inputs != outputs else nn.Identity()
+        self.conv_2: Any = zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.shortcut = Shortcut(inputs, outputs) if inputs != outputs else None
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift = self.project(condition)
+        with float32_vectors(condition):
+            shift = self.project(condition)
         shift = shift[:, :, None, None] if shift.ndim == 2 else shift.permute(0, 3, 1, 2)
-        h = self.conv_1(F.silu(self.norm_1(x))) + shift
-        return self.shortcut(x) + self.conv_2(self.dropout(F.silu(self.norm_2(h))))
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        h += shift.to(h.dtype)  # in place, here and below: the backward pass needs no output of a convolution
+        h = self.dropout(F.silu(self.norm_2(h)))
+        if isinstance(self.shortcut, Shortcut):
+            return self.shortcut.beside(x, self.conv_2, h)
+        h = self.conv_2(h)
+        h += x
+        return h
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -189,7 +236,7 @@ class AttentionBlock(nn.Module):
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, positions, channels)
+        h = self.norm(x).flatten(2).transpose(1, 2).contiguous()  # (B, positions, channels)
         q, k, v = (p.unflatten(-1, (-1, self.features)).transpose(1, 2) for p in (self.q(h), self.k(h), self.v(h)))
         h = self.out(attend(q, k, v).transpose(1, 2).flatten(2))
         return x + h.transpose(1, 2).reshape(x.shape)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from nelbo.networks.layers import (
     AttentionBlock,
     ResidualBlock,
+    float32_vectors,
     fourier_features,
     initialise,
     norm,
@@ -93,7 +94,8 @@ class Trunk(nn.Module):
         """swish(dense_1(swish(dense_0([time embedding, conditioning])))): (..., time_features) -> (..., 4 channels)."""
         if conditioning is not None:
             time = torch.cat([time, conditioning.to(time.dtype)], -1)
-        return F.silu(self.dense_1(F.silu(self.dense_0(time))))
+        with float32_vectors(time):
+            return F.silu(self.dense_1(F.silu(self.dense_0(time))))
 
     def features(self, z: Tensor) -> Tensor:
         """z with its Fourier features, (B, C (1 + 2 F), H, W)."""
