@@ -585,7 +585,7 @@ def test_idx_of_fashion_mnist() -> None:
 
 
 def damaged_gzip(content: bytes) -> bytes:
-    packed = bytearray(gzip.compress(content))
+    packed = bytearray(gzip.compress(content, mtime=0))
     packed[-8] ^= 1  # of the checksum
     return bytes(packed)
 
@@ -603,12 +603,12 @@ GOOD = idx(IMAGES)
         (b"\x89PNG\r\n", BEGIN + "89504e47"),
         (b"\0\0\x0d\x03" + GOOD[4:], BEGIN + "00000d03"),
         (b"\0\0\x08\x02" + GOOD[4:], BEGIN + "00000802"),
-        (gzip.compress(b"tar"), BEGIN + "746172"),
+        (gzip.compress(b"tar", mtime=0), BEGIN + "746172"),
         (GOOD[:10], "{} is cut short: 3 sizes of axes must follow, got 6 bytes"),
         (GOOD[:-1], "{} must hold 60 values for its shape (5, 4, 3), got 59"),
         (GOOD + b"\0", "{} must hold 60 values for its shape (5, 4, 3), got more"),
-        (gzip.compress(GOOD[:-1]), "{} must hold 60 values for its shape (5, 4, 3), got 59"),
-        (gzip.compress(GOOD + b"\0"), "{} must hold 60 values for its shape (5, 4, 3), got more"),
+        (gzip.compress(GOOD[:-1], mtime=0), "{} must hold 60 values for its shape (5, 4, 3), got 59"),
+        (gzip.compress(GOOD + b"\0", mtime=0), "{} must hold 60 values for its shape (5, 4, 3), got more"),
         (b"\0\0\x08\x01" + bytes(4), "{} must hold at least 1 value, got shape (0,)"),
         (b"\0\0\x08\x03" + bytes(4) + b"\xff" * 8, "{} must hold at least 1 value, got shape (0, 4294967295, 429"),
         (b"\0\0\x08\x01\xff\xff\xff\xffa", "{} says that it holds 4294967295 values, more than it can; 9 at most"),
@@ -621,9 +621,9 @@ GOOD = idx(IMAGES)
             f"{{}} says that it holds 4294967295 values, more than it can; {1040 * 27} at most",
         ),
         (damaged_gzip(GOOD), DAMAGED + "CRC check failed "),
-        (gzip.compress(GOOD)[:-9], DAMAGED + "Compressed file ended"),
-        (gzip.compress(GOOD)[:10] + b"\xff" * 9, DAMAGED + "Error -3"),
-        (gzip.compress(GOOD) + b"more", DAMAGED + "Not a gzipped file"),
+        (gzip.compress(GOOD, mtime=0)[:-9], DAMAGED + "Compressed file ended"),
+        (gzip.compress(GOOD, mtime=0)[:10] + b"\xff" * 9, DAMAGED + "Error -3"),
+        (gzip.compress(GOOD, mtime=0) + b"more", DAMAGED + "Not a gzipped file"),
     ],
 )  # fmt: skip
 def test_idx_that_is_damaged(tmp_path: Path, content: bytes, message: str) -> None:
