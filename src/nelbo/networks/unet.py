@@ -195,7 +195,8 @@ class PixelNoiseUNet(FlatUNet):
     def conditioned(self, gamma: Tensor, z: Tensor, conditioning: Tensor | None) -> Tensor:
         if conditioning is not None:
             conditioning = conditioning[:, None, None].expand(-1, *z.shape[2:], -1)
-        return self.trunk.condition(self.time(gamma, z), conditioning)
+        condition = self.trunk.condition(self.time(gamma, z), conditioning).permute(0, 3, 1, 2)
+        return condition.contiguous() if z.device.type == "cpu" else condition  # as the images lie there
 
 
 NETWORKS: dict[str, type[FlatUNet]] = {"flat": FlatUNet, "pixel-noise": PixelNoiseUNet}
