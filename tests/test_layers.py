@@ -178,6 +178,12 @@ def test_a_shortcut_is_a_convolution_beside_another():
     given = (x, layer.weight, layer.bias, h, beside.weight, beside.bias)
     results = []
     for y in (layer.beside(x, beside, h), torch.conv2d(*given[:3]) + torch.conv2d(*given[3:], padding=1)):
-        results.append([y, *torch.autograd.grad((y**2).sum(), given)])
+        first = torch.autograd.grad((y**2).sum(), given, retain_graph=True)
+        again = torch.autograd.grad((y**2).sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum((g**2).sum() for g in again), given)
+        results.append([y, *first, *again, *second])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    layer.requires_grad_(False)  # as in a likelihood by ODE
+    (alone,) = torch.autograd.grad((layer.beside(x, beside, h) ** 2).sum(), x)
+    torch.testing.assert_close(alone, results[0][1], rtol=1e-12, atol=1e-12)

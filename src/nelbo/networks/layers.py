@@ -152,15 +152,19 @@ class _AddedProduct(torch.autograd.Function):
         return torch.baddbmm(h, kernel.expand(len(x), -1, -1), x.flatten(2))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         kernel, x = ctx.saved_tensors
         gradient = gradient.contiguous()
-        of_kernel = (x.flatten(2) @ gradient.mT).sum(0).T
-        turned = kernel.T.contiguous().expand(len(x), -1, -1)
-        if torch.is_grad_enabled():  # a derivative of the derivative is wanted
-            return gradient, of_kernel, (turned @ gradient).view_as(x)
-        of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        torch.bmm(turned, gradient, out=of_x.flatten(2))
+        of_kernel = of_x = None
+        if ctx.needs_input_grad[1]:
+            of_kernel = (x.flatten(2) @ gradient.mT).sum(0).T
+        if ctx.needs_input_grad[2]:
+            turned = kernel.T.contiguous().expand(len(x), -1, -1)
+            if torch.is_grad_enabled():  # a derivative of the derivative is wanted
+                of_x = (turned @ gradient).view_as(x)
+            else:
+                of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+                torch.bmm(turned, gradient, out=of_x.flatten(2))
         return gradient, of_kernel, of_x
 
 
