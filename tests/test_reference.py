@@ -69,7 +69,10 @@ def layers(case: Case, compare: Comparison) -> None:
         else:
             layer, names = norm(x.shape[1], GROUPS), {"scale": "weight", "bias": "bias"}
         load(layer, parameters, names)
-        y = layer(x) if condition is None else layer(x, condition)
+        if condition is None:
+            y = layer(x)
+        else:
+            y = layer(x, channels_first(condition) if condition.ndim == 4 else condition)
         (y * channels_first(case[f"in/{v}cotangent"])).sum().backward()
         compare(f"{v}y", y, relative=1e-5, layout=channels_first)
         compare(f"{v}vjp_x", x.grad, relative=1e-5, layout=channels_first)
