@@ -13,7 +13,7 @@ branch at 0.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ __all__ = [
     "zero",
 ]
 
+Layer = TypeVar("Layer", bound=nn.Module)
 GOLDEN, MIX = -0x61C88647, 0x2C1B3C6D  # of equation (4): odd numbers of 32 bits
 
 
@@ -56,7 +57,7 @@ def norm(channels: int, groups: int, eps: float = 1e-6) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
-def zero(layer: nn.Module) -> nn.Module:
+def zero(layer: Layer) -> Layer:
     """The layer, marked so that ``initialise`` sets its kernel to 0."""
     layer.starts_at_zero = True  # type: ignore[assignment]
     return layer
@@ -170,6 +171,8 @@ class _AddedProduct(torch.autograd.Function):
 
 def add_product(h: Tensor, kernel: Tensor, x: Tensor) -> Tensor:
     """h + K x at every pixel, in h's precision: (B, O, H, W), (O, I), (B, I, H, W) -> (B, O, H, W)."""
+    if h.device.type != "cpu":
+        return h + F.linear(x.permute(0, 2, 3, 1), kernel).permute(0, 3, 1, 2)
     return _AddedProduct.apply(h.flatten(2), kernel.to(h.dtype), x.to(h.dtype)).view_as(h)
 
 
@@ -206,24 +209,22 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm_1 = norm(inputs, groups, eps)
         self.conv_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.project: Any = zero(nn.Linear(condition, outputs, bias=False))
+        self.project = zero(nn.Linear(condition, outputs, bias=False))
         self.norm_2 = norm(outputs, groups, eps)
         self.dropout = Dropout(dropout)
-        self.conv_2: Any = zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.conv_2 = zero(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.shortcut = Shortcut(inputs, outputs) if inputs != outputs else None
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         h = self.conv_1(F.silu(self.norm_1(x)))
-        if condition.ndim == 4 and h.device.type == "cpu":
+        if condition.ndim == 4:
             h = add_product(h, self.project.weight, condition)
-        elif condition.ndim == 4:
-            h = h + self.project(condition.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         else:
             with float32_vectors(condition):
                 shift = self.project(condition)[:, :, None, None]
             h += shift.to(h.dtype)  # in place, here and below: the backward pass needs no output of a convolution
         h = self.dropout(F.silu(self.norm_2(h)))
-        if isinstance(self.shortcut, Shortcut):
+        if self.shortcut is not None:
             return self.shortcut.beside(x, self.conv_2, h)
         h = self.conv_2(h)
         h += x

@@ -168,7 +168,7 @@ class FlatUNet(nn.Module):
         return time_embedding(t.to(z.dtype), self.channels)
 
     def conditioned(self, gamma: Tensor, z: Tensor, conditioning: Tensor | None) -> Tensor:
-        """The conditioning vector of every residual block."""
+        """The conditioning vector of every residual block: (B, 4 channels)."""
         return self.trunk.condition(self.time(gamma, z), conditioning)
 
     def forward(self, z: Tensor, gamma: Tensor, conditioning: Tensor | None = None) -> Tensor:
@@ -193,6 +193,7 @@ class PixelNoiseUNet(FlatUNet):
         return time_embedding(t.to(z.dtype).permute(0, 2, 3, 1), self.channels).flatten(-2)
 
     def conditioned(self, gamma: Tensor, z: Tensor, conditioning: Tensor | None) -> Tensor:
+        """That of every pixel: (B, 4 channels, H, W)."""
         if conditioning is not None:
             conditioning = conditioning[:, None, None].expand(-1, *z.shape[2:], -1)
         condition = self.trunk.condition(self.time(gamma, z), conditioning).permute(0, 3, 1, 2)
